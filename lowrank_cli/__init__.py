@@ -1,0 +1,28 @@
+"""Low-rank training and compression of language models: the library behind the `lowrank` command."""
+
+from importlib import import_module
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a checkout commands/ and kernels/ stand beside the package; in a wheel they are inside it.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "commands").is_dir():
+    __path__.append(str(_root))
+
+# Public names, imported on first use so that `lowrank --help` never pays for torch.
+_PUBLIC = {
+    "GaLoreAdamW": "lowrank_cli.optim.adamw",
+}
+
+__all__ = ["GaLoreAdamW", "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'lowrank_cli' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,106 @@
+"""The `lowrank` command: its subcommands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+
+import typer
+
+from lowrank_cli import __version__, console, methods
+from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE, LowrankError
+
+COMMANDS = ("pretrain",)
+
+HELP = "Train and compress language models in a fraction of the memory."
+
+
+def build(argv: list[str]) -> typer.Typer:
+    """The application for these arguments: only the subcommand that they name has its flags built."""
+    app = typer.Typer(
+        help=HELP,
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def top(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version and stop.", callback=print_version, is_eager=True
+        ),
+    ) -> None:
+        """Train and compress language models in a fraction of the memory."""
+
+    for name in COMMANDS:
+        module = import_module(f"lowrank_cli.commands.{name.replace('-', '_')}")
+        module.register(app, argv if name in argv else [])
+    return app
+
+
+def print_version(wanted: bool) -> None:
+    """--version."""
+    if wanted:
+        print(f"lowrank {__version__}")
+        raise typer.Exit
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    argv = sys.argv[1:] if argv is None else argv
+    sys.exit(main(argv))
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    debug = "--debug" in argv
+    try:
+        command = typer.main.get_command(build(argv))
+        result = command.main(args=argv, prog_name="lowrank", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except LowrankError as error:
+        report(error.message, error.hint, debug)
+        return error.exit_code
+    except KeyboardInterrupt:
+        report("interrupted", "", debug)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of stdout went away: not our error, and nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:  # noqa: BLE001 the boundary: whatever it is, the user gets a line and an exit code
+        if hasattr(error, "format_message"):
+            report(*usage_message(error, argv), debug)
+            return USAGE
+        report(
+            f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}",
+            "this is a bug; --debug shows the traceback" if not debug else "",
+            debug,
+        )
+        return FAILED
+
+
+def report(message: str, hint: str, debug: bool) -> None:
+    """Print an error; with --debug its traceback too."""
+    console.error(message, hint)
+    if debug:
+        console.stderr.print(traceback.format_exc(), markup=False)
+
+
+def usage_message(error, argv: list[str]) -> tuple[str, str]:
+    """What was wrong with the command line, and the nearest right thing."""
+    option = getattr(error, "option_name", None)
+    if getattr(error, "possibilities", None) is None and option is None:
+        return error.format_message().rstrip("."), "lowrank --help lists the commands" if not argv else (
+            f"lowrank {argv[0]} --help lists the options"
+        )
+    option = str(option).partition("=")[0]
+    for name in methods.names():
+        if option.startswith(f"--{name}-"):
+            return f"{option} is an option of {name}, which was not chosen", f"add --method {name}"
+    near = sorted(getattr(error, "possibilities", None) or [])
+    command = next((a for a in argv if a in COMMANDS), "")
+    return f"no option {option}", f"did you mean {near[0]}?" if near else f"lowrank {command} --help lists them"

@@ -1,0 +1,62 @@
+"""The methods. The folder is the registry: a method is one file here, with one subclass of `Method` in it."""
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from lowrank_cli.errors import UsageError, unknown
+from lowrank_cli.methods.base import Method
+
+ORDER = ("weights", "activations", "gradients")
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The name of every method, which is the name of its file."""
+    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "base")))
+
+
+def check_name(name: str) -> str:
+    """The name itself; raises UsageError with the nearest one if there is no such method."""
+    if name not in names():
+        raise unknown("method", name, names())
+    return name
+
+
+@cache
+def get(name: str) -> type[Method]:
+    """The class of a method; raises UsageError for an unknown name. Does not import torch."""
+    module = import_module(f"lowrank_cli.methods.{check_name(name)}")
+    (cls,) = (
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__
+    )
+    cls.name = name
+    return cls
+
+
+def compose(text: str, command: str = "") -> list[type[Method]]:
+    """The methods of `a+b`, in the order weights, activations, gradients.
+
+    Raises:
+        UsageError: an unknown method, one that the command does not have, or two that act on the same thing.
+    """
+    parts = [get(name.strip()) for name in text.split("+")]
+    for part in parts:
+        if command and command not in part.commands:
+            fitting = [n for n in names() if command in get(n).commands]
+            raise UsageError(f"{part.title} is not a method of `lowrank {command}`", f"methods: {', '.join(fitting)}")
+    for i, a in enumerate(parts):
+        for b in parts[i + 1 :]:
+            shared = a.acts_on & b.acts_on
+            if a is b or shared or not a.acts_on or not b.acts_on:
+                why = f"both act on the {' and '.join(sorted(shared))}" if shared else "one of them changes nothing"
+                pairs = [
+                    f"{a.name}+{n}"
+                    for n in names()
+                    if n != a.name and get(n).acts_on and a.acts_on and not get(n).acts_on & a.acts_on
+                ]
+                hint = f"{a.name} goes with: {', '.join(pairs)}" if pairs else f"take --method {a.name} alone"
+                raise UsageError(f"{a.name} and {b.name} do not combine: {why}", hint)
+    return sorted(parts, key=lambda p: min((ORDER.index(x) for x in p.acts_on), default=0))

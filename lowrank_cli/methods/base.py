@@ -1,0 +1,73 @@
+"""The interface of a method: in what smaller space does a weight's training live?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training one matrix holds, by what they are for."""
+
+    weights: int = 0
+    gradients: int = 0
+    states: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.states + self.activations
+
+
+class Method:
+    """A training method. Every hook does nothing unless overridden; `full` overrides none.
+
+    A method never imports torch at module level: its `Config` is read to build `lowrank --help`. It never imports
+    `train` or `commands`: the loop calls the hooks below, in this order, and knows no method by name.
+    """
+
+    name: ClassVar[str]  # the file's name, set by the registry
+    title: ClassVar[str]  # as the paper writes it
+    paper: ClassVar[str] = ""  # address
+    summary: ClassVar[str]  # one line for --help
+    acts_on: ClassVar[frozenset[str]] = frozenset()  # of "weights", "activations", "gradients"
+    commands: ClassVar[frozenset[str]] = frozenset()  # of "pretrain", "finetune", "compress"
+    Config: ClassVar[type]  # frozen dataclass of option(default, help): flags, YAML keys and docs come from it
+    defaults: ClassVar[dict[str, Any]] = {}  # plain settings that differ with this method, such as lr
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model preset -> settings of this method
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def wrap(self, model: nn.Module) -> None:
+        """Change modules in place, before the optimizer is built."""
+
+    def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
+        """Split and tag the optimizer's groups. A group's `params` are (name, parameter) pairs; `role` says what
+        happens to them and `why`, where it helps, why nothing more does."""
+        return groups
+
+    def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Called after every update (re-normalise, re-compose); returns metrics to log."""
+        return {}
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Tensors to save beside the weights and the optimizer's state."""
+        return {}
+
+    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Turn the model into a plain Transformers model, in place."""
+
+    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4) -> Memory:
+        """Bytes of training one targeted weight of this shape (AdamW: two float32 moments and a gradient)."""
+        size = 1
+        for n in shape:
+            size *= n
+        return Memory(weights=size * dtype_bytes, gradients=size * dtype_bytes, states=8 * size + 4)

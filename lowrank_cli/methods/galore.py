@@ -1,0 +1,101 @@
+"""GaLore: gradients projected onto their leading singular directions, so that the optimizer's state is low-rank.
+
+Every `update_proj_gap` (T) updates the basis of each targeted matrix W (m x n) becomes the leading `rank` (r) singular
+vectors of its current gradient G. Between refreshes the update rule, here AdamW, sees only the projected gradient:
+
+    R = G Q   (m >= n, Q: n x r)      or   R = P^T G   (m < n, P: m x r)
+    N = Adam(R)                       moments of size m x r or r x n, kept as they are at a refresh
+    W <- W - lr * scale * N Q^T       or   W <- W - lr * scale * P N
+
+The weight itself stays full-rank and is trained everywhere. Zhao et al., arXiv:2403.03507, Alg. 2. The step is in
+`optim/adamw.py`, the projections in `optim/projection.py`; this file says which tensors are projected and how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_cli import console
+from lowrank_cli.config import option
+from lowrank_cli.methods.base import Memory, Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# paper's Table 2 where it has the size (1b: 512, the authors' script has 1024); else a quarter of the hidden size
+RANKS = {"llama-9m": 32, "llama-20m": 64, "llama-35m": 96, "llama-40m": 104, "llama-60m": 128, "llama-71m": 128,
+         "llama-100m": 160, "llama-130m": 256, "llama-250m": 192, "llama-350m": 256, "llama-1b": 512,
+         "llama-3b": 640, "llama-7b": 1024}  # fmt: skip
+
+
+class GaLore(Method):
+    title = "GaLore"
+    paper = "https://arxiv.org/abs/2403.03507"
+    summary = "AdamW on gradients projected to their leading singular directions"
+    acts_on = frozenset({"gradients"})
+    commands = frozenset({"pretrain", "finetune"})
+    defaults = {"lr": 0.01}
+    presets = {model: {"rank": rank} for model, rank in RANKS.items()} | {
+        "llama-7b": {"rank": 1024, "update_proj_gap": 500}
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        rank: int | None = option(
+            None,
+            "columns of the basis; the paper's for the llama presets, else a quarter of the matrix's shorter side",
+            min=1,
+        )
+        update_proj_gap: int = option(200, "updates between refreshes of the basis (T)", min=1)
+        scale: float = option(0.25, "factor of the projected update (alpha)", above=0)
+        proj_type: str = option("std", "side to project: std is the shorter one", choices=("std",))
+
+    def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
+        from lowrank_cli.models.targets import select
+
+        targeted = {f"{name}.weight" for name in select(model, None)}
+        tagged, clamped = [], set()
+        for group in groups:
+            by_rank: dict[int, list] = {}
+            for name, p in group["params"]:
+                if name in targeted and p.dim() == 2:
+                    rank = self.rank_for(tuple(p.shape))
+                    if self.config.rank and rank < self.config.rank:
+                        clamped.add(rank)
+                    by_rank.setdefault(rank, []).append((name, p))
+            rest = [(name, p) for name, p in group["params"] if not (name in targeted and p.dim() == 2)]
+            for rank, params in by_rank.items():
+                tagged.append(
+                    {
+                        **group,
+                        "params": params,
+                        "role": "galore",
+                        "rank": rank,
+                        "update_proj_gap": self.config.update_proj_gap,
+                        "scale": self.config.scale,
+                        "proj_type": self.config.proj_type,
+                    }
+                )
+            if rest:
+                tagged.append({**group, "params": rest, "why": "outside the layers' linears"})
+        if clamped:
+            console.warn(
+                f"rank {self.config.rank} is larger than some matrices: clamped to "
+                f"{', '.join(map(str, sorted(clamped)))} there, which rotates but saves nothing"
+            )
+        return tagged
+
+    def rank_for(self, shape: tuple[int, ...]) -> int:
+        """The rank for an (m, n) weight: the configured one, at most the shorter side."""
+        return min(self.config.rank or max(1, min(shape) // 4), *shape)
+
+    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4) -> Memory:
+        # paper, Table 1: m r for the basis and 2 n r for the moments, m the shorter side
+        short, long = min(shape), max(shape)
+        rank = self.rank_for(shape)
+        return Memory(
+            weights=short * long * dtype_bytes,
+            gradients=short * long * dtype_bytes,
+            states=short * rank * dtype_bytes + 2 * long * rank * 4,
+        )

@@ -1,0 +1,1 @@
+"""Models: presets, loading, the linears that methods target, and the training loss."""

@@ -1,0 +1,146 @@
+"""The architecture to pretrain: from a preset or a JSON file to a Transformers configuration."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
+
+from lowrank_cli.config import ModelConfig
+from lowrank_cli.errors import UsageError, unknown
+from lowrank_cli.models import presets
+
+# written by the program that saved the file; ours are set by the tokenizer, the flags or the installed Transformers
+_NOT_ARCHITECTURE = {
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"),
+}
+
+
+def build_config(
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    bos_token_id: int | None,
+    eos_token_id: int | None,
+    pad_token_id: int | None,
+    max_length: int,
+) -> PretrainedConfig:
+    """The configuration of a model to pretrain: a preset, or a JSON file for any causal language model.
+
+    A file may be GaLore's (`LLaMAForCausalLM`, `max_sequence_length`, `pad_token_id: -1`) or any `config.json` whose
+    model_type Transformers knows.
+
+    Args:
+        model: its `name` is the preset, or its `model_config` the file.
+        vocab_size: entries of the tokenizer; what the preset or file says does not count.
+        bos_token_id: of the tokenizer, like the next two.
+        eos_token_id: as above.
+        pad_token_id: as above; left out where it is the bos or eos token as well.
+        max_length: tokens in a sequence; the positions are at least as many.
+    Raises:
+        UsageError: no such preset or file, not JSON, an architecture that is unknown or does not fit together.
+    """
+    raw, where = _read(model)
+    model_type = raw.pop("model_type")
+    positions = raw.pop("max_sequence_length", None)
+    if positions is not None:
+        raw.setdefault("max_position_embeddings", positions)
+    raw = {key: value for key, value in raw.items() if key not in _NOT_ARCHITECTURE}
+    # Transformers freezes the embedding row of the padding token: a document's end would never be learned
+    pad = None if pad_token_id in (bos_token_id, eos_token_id) else pad_token_id
+    tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad}
+    try:
+        config = AutoConfig.for_model(model_type, **raw, **tokens, vocab_size=vocab_size)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UsageError(f"{where} does not describe a model: {reason}", "mend that value in the file") from None
+    _check(config, where, "head_dim" in raw)
+    if hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = max(config.max_position_embeddings, max_length)
+    return config
+
+
+def _read(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """The raw configuration, and what to call it in an error."""
+    if model.model_config is not None:
+        if model.name is not None:
+            raise UsageError(
+                f"--model {model.name} and --model-config {model.model_config} both name an architecture",
+                "leave one of them out",
+            )
+        raw = _read_json(Path(model.model_config))
+        _check_model_type(raw, model.model_config)
+        return raw, model.model_config
+    if model.name is None:
+        raise UsageError("no architecture to pretrain", "add --model llama-9m or --model-config FILE")
+    if model.name not in presets.names() and ("/" in model.name or Path(model.name).exists()):
+        raise UsageError(
+            f"--model {model.name} is not a preset, and pretraining starts from one",
+            f"to start from its weights: --continue-from {model.name}; presets: {', '.join(presets.names())}",
+        )
+    return presets.get(model.name), f"preset {model.name}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        presets_list = ", ".join(presets.names())
+        raise UsageError(
+            f"cannot read --model-config {path}: {reason}",
+            f"give a JSON file, or a preset with --model: {presets_list}",
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not a text file", "--model-config takes a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}",
+            "mend that line; JSON has no comments and no comma before a closing bracket",
+        ) from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} holds a JSON {type(raw).__name__}", 'it must be an object: {"model_type": ...}')
+    return raw
+
+
+def _check_model_type(raw: dict[str, Any], where: str) -> None:
+    causal = sorted(name for name, cls in CONFIG_MAPPING.items() if cls in MODEL_FOR_CAUSAL_LM_MAPPING)
+    model_type = raw.get("model_type")
+    if model_type is None:
+        named = " ".join(map(str, raw.get("architectures") or ())).lower()
+        guess = max((name for name in causal if named.startswith(name)), key=len, default="llama")
+        raise UsageError(f"{where} has no model_type", f'add "model_type": "{guess}" to the file')
+    if model_type in causal:
+        return
+    if model_type in CONFIG_MAPPING:
+        raise UsageError(
+            f"{where}: {model_type} has no causal language model in Transformers",
+            "take a decoder such as llama, mistral, qwen2 or gpt2",
+        )
+    raise unknown("model_type", str(model_type), causal, where)
+
+
+def _check(config: PretrainedConfig, where: str, has_head_dim: bool) -> None:
+    """What Transformers finds out only while it builds the model, or not at all."""
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if isinstance(hidden, int) and isinstance(heads, int):
+        if hidden < 1 or heads < 1:
+            raise UsageError(f"{where}: hidden size {hidden} with {heads} attention heads", "both are at least 1")
+        if hidden % heads and not has_head_dim:
+            near = next(n for n in range(heads, 0, -1) if hidden % n == 0)
+            raise UsageError(
+                f"{where}: {heads} attention heads do not divide the hidden size of {hidden}",
+                f"take {near} heads, or a hidden size of {heads * max(1, round(hidden / heads))}",
+            )
+        shared = getattr(config, "num_key_value_heads", None)
+        if isinstance(shared, int) and shared > 0 and heads % shared:
+            raise UsageError(
+                f"{where}: {shared} key-value heads do not divide {heads} attention heads",
+                "num_key_value_heads must divide num_attention_heads",
+            )
+    activation = getattr(config, "hidden_act", None)
+    if isinstance(activation, str) and activation not in ACT2FN:
+        raise unknown("activation", activation, ACT2FN, where)

@@ -1,0 +1,72 @@
+"""The training loss of a causal language model, without its logits where the architecture allows that."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from lowrank_cli.ops.loss import chunked_cross_entropy
+from lowrank_cli.ops.loss import num_targets as count_targets
+
+# model_type of architectures whose logits are lm_head(hidden states) and nothing more: no scale, no soft cap.
+# A test compares each with the model's own loss; a new one belongs here only with that test.
+PLAIN_HEAD = frozenset(
+    {
+        *(
+            "bloom",
+            "codegen",
+            "falcon",
+            "gemma",
+            "gpt2",
+            "gpt_neo",
+            "gpt_neox",
+            "gptj",
+            "llama",
+            "ministral",
+            "mistral",
+        ),
+        *("mpt", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    }
+)
+
+
+def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: int | Tensor | None = None) -> Tensor:
+    """Next-token cross-entropy of a batch: the model's own `model(**batch).loss`, in less memory where it can be.
+
+    Architectures in `PLAIN_HEAD` with an untouched linear head never hold the tokens x vocabulary logits; any other
+    model (a scaled or soft-capped head, a head that a method has replaced, a wrapped or sharded model) computes its
+    logits as usual. The balancing loss of a mixture of experts is not part of it.
+
+    Args:
+        model: a causal language model.
+        batch: what the model takes: input_ids (B, T), labels (B, T), not shifted, -100 for no target, and as needed
+            attention_mask and position_ids.
+        num_targets: divides the sum instead of the batch's own number of targets, see `chunked_cross_entropy`.
+    Returns:
+        A float32 scalar.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"]
+    if takes_chunked_path(model):
+        hidden = model.base_model(**inputs, use_cache=False)[0]  # (B, T, D)
+        head = model.get_output_embeddings()
+        return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, num_targets=num_targets)
+    logits = model(**inputs, use_cache=False)[0]  # (B, T, V)
+    logits, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    divisor = count_targets(labels) if num_targets is None else num_targets
+    return total / torch.as_tensor(divisor, device=total.device).clamp(min=1)
+
+
+def takes_chunked_path(model: nn.Module) -> bool:
+    """Whether the loss of this model is computed without holding its logits."""
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in PLAIN_HEAD:
+        return False
+    # a subclass may compute something else; torch's FSDP makes one, and needs the call of the whole model as well
+    if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
+        return False
+    head = model.get_output_embeddings()
+    # an adapter, a parametrization or a quantized head is another class
+    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)

@@ -1,0 +1,1 @@
+"""Operations in plain torch, with kernels where they help."""

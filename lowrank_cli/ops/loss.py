@@ -1,0 +1,128 @@
+"""Next-token cross-entropy straight from the hidden states, without the tokens x vocabulary matrix of logits.
+
+For a vocabulary of 32,000 the logits of a batch outweigh everything else that a small model keeps. They are formed
+here for one chunk of tokens after the other, and the gradients of the hidden states and of the output embedding are
+taken from each chunk while it is there, so that every logit is computed once.
+
+Shapes: B sequences, T positions, N tokens (B T when flattened), D hidden size, V vocabulary, C tokens in a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in float32
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    num_targets: int | Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Mean of -log softmax(W h_t + b)[label] over the targets, differentiable once in hidden, weight and bias.
+
+    Targets of -100 are dropped before the product, so that padding costs nothing. Logits are in the dtype of the
+    weight; softmax, loss and the sum of weight gradients over the chunks are in float32 (float64 for float64).
+
+    Args:
+        hidden: (B, T, D), where position t predicts label t + 1, or (N, D), where row i predicts label i.
+        weight: (V, D), the output embedding.
+        labels: (B, T), not shifted, or (N,); integers, -100 for no target.
+        bias: (V,), of the output embedding.
+        num_targets: what the sum is divided by instead of the number of targets here. With several micro-batches
+            in an update, give each the update's own number, and their losses and gradients add up to the update's.
+        chunk_tokens: C; as many as keep C x V at 2**24 unless given. Does not change the result.
+    Returns:
+        A float32 scalar (float64 for float64 weights); 0 with zero gradients when there is no target.
+    Raises:
+        ValueError: shapes that do not fit, or a number of tokens that is not positive.
+    """
+    _check(hidden, weight, labels, bias, chunk_tokens)
+    if labels.dim() == 2:
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
+    labels = labels.reshape(-1).to(rows.device)  # (N,)
+    index = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # (number of targets here,)
+    divisor = max(1, len(index)) if num_targets is None else num_targets
+    # a tensor stays on its device, where looking at its value would wait for the GPU
+    divisor = torch.as_tensor(divisor, device=rows.device).clamp(min=1).to(_accumulation_dtype(weight))
+    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // len(weight))
+    return _ChunkedCrossEntropy.apply(rows, weight, bias, labels, index, divisor, chunk, torch.is_grad_enabled())
+
+
+def num_targets(labels: Tensor) -> Tensor:
+    """Number of targets that `chunked_cross_entropy` sees in labels of (B, T), or of (N,): an int64 scalar."""
+    targets = labels[:, 1:] if labels.dim() == 2 else labels
+    return (targets != IGNORE_INDEX).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are formed in forward, undivided, and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, labels, index, divisor, chunk, needs_grad):
+        needs_rows, needs_weight, needs_bias = (needs_grad and n for n in ctx.needs_input_grad[:3])
+        dtype = _accumulation_dtype(weight)
+        total = torch.zeros((), dtype=dtype, device=rows.device)
+        grad_rows = torch.zeros_like(rows) if needs_rows else None  # (N, D)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None  # (V, D)
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None  # (V,)
+        # autocast would change the dtype of the products under us
+        with torch.autocast(rows.device.type, enabled=False):
+            for part in index.split(chunk):
+                targets = labels[part].unsqueeze(1)  # (C, 1)
+                x = rows[part].to(weight.dtype)  # (C, D)
+                log_probs = F.linear(x, weight, bias).log_softmax(-1, dtype=dtype)  # (C, V)
+                total -= log_probs.gather(1, targets).sum()
+                if not (needs_rows or needs_weight or needs_bias):
+                    continue
+                # d loss / d logits = softmax - one_hot(target)
+                grad = log_probs.exp_().scatter_add_(1, targets, log_probs.new_full(targets.shape, -1.0))  # (C, V)
+                if needs_bias:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(weight.dtype)
+                if needs_rows:
+                    grad_rows[part] = (grad @ weight).to(rows.dtype)
+                if needs_weight and weight.dtype == dtype:
+                    grad_weight.addmm_(grad.t(), x)
+                elif needs_weight:
+                    grad_weight += grad.t() @ x
+        ctx.save_for_backward(grad_rows, grad_weight, grad_bias, divisor)
+        ctx.dtypes = rows.dtype, weight.dtype, bias.dtype if needs_bias else None
+        return total / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        *grads, divisor = ctx.saved_tensors
+        scale = grad_output / divisor
+        return (*(_scaled(g, scale, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 5)
+
+
+def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient times the scale in another dtype, with no temporary in its own."""
+    return None if grad is None else torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _accumulation_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_tokens: int | None) -> None:
+    if hidden.dim() not in (2, 3) or labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"hidden is {tuple(hidden.shape)} and labels {tuple(labels.shape)}; "
+            "allowed are (N, D) with (N,) and (B, T, D) with (B, T)"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight is {tuple(weight.shape)}; for this hidden size it must be (V, {hidden.shape[-1]})")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {tuple(bias.shape)}; for this weight it must be ({len(weight)},)")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")

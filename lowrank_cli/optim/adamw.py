@@ -1,0 +1,101 @@
+"""AdamW on projected gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank_cli.optim.base import ProjectedOptimizer
+
+
+def adamw_(
+    targets: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    correct_bias: bool = True,
+) -> None:
+    """Adds Adam's update to each target in place: -lr * sqrt(1-b2^t)/(1-b1^t) * M / (sqrt(V) + eps).
+
+    Adam, arXiv:1412.6980, with eps outside the bias correction (sec. 2, "more efficient order"), which is the form of
+    galore-torch. PyTorch's fused kernel corrects the root before it adds eps, so it is given eps / sqrt(1-b2^t): the
+    same number. No weight decay here.
+
+    Args:
+        targets: float32 tensors to change: weights, or zeros that then hold the update itself.
+        grads: float32, one for each target, of its shape.
+        exp_avgs: first moments M, updated in place.
+        exp_avg_sqs: second moments V, updated in place.
+        step: t, counted from 1.
+        lr: learning rate.
+        betas: decay of M and V.
+        eps: added to sqrt(V).
+        correct_bias: False leaves out both corrections.
+    """
+    # a step so late that both corrections are 1 in float32
+    clock = float(step) if correct_bias else 1e9
+    root = math.sqrt(1 - betas[1] ** clock)
+    clocks = [torch.full((), clock, dtype=torch.float32, device=targets[0].device)] * len(targets)
+    torch._fused_adamw_(
+        targets, grads, exp_avgs, exp_avg_sqs, [], clocks, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=0.0,
+        eps=eps / root, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
+    )  # fmt: skip
+
+
+class GaLoreAdamW(ProjectedOptimizer):
+    """AdamW whose groups may be projected; takes the groups of the PyPI package `galore-torch`.
+
+    GaLore, arXiv:2403.03507, Alg. 2. Moments are float32 and kept as they are when the basis is refreshed. Unlike
+    galore-torch: the basis owns only its r columns, no full-size temporary is made, and the state is plain tensors.
+
+    Args:
+        params: parameters or groups; a group with `rank` is projected: `update_proj_gap` (200) steps between
+            refreshes of the basis, `scale` (0.25, the paper's alpha), `proj_type` ("std").
+        lr: learning rate.
+        betas: decay of the moments.
+        eps: 1e-6 as in galore-torch (the paper says 1e-8).
+        weight_decay: decoupled, applied after the update.
+        correct_bias: Adam's bias correction.
+        no_deprecation_warning: accepted for galore-torch's sake, without effect.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = False,
+    ):
+        if lr < 0 or eps < 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"lr {lr}, betas {betas}, eps {eps}: lr and eps must be >= 0 and betas in [0, 1)")
+        super().__init__(
+            params,
+            {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias},
+        )
+
+    def _init_state(self, state: dict, grad: Tensor) -> None:
+        state["exp_avg"] = torch.zeros_like(grad, dtype=torch.float32)
+        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=torch.float32)
+
+    def _rule(self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, lr: float) -> None:
+        adamw_(
+            targets,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            step=states[0]["step"],
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            correct_bias=group["correct_bias"],
+        )

@@ -1,0 +1,144 @@
+"""Flags made from the configuration dataclasses, for the methods that were chosen."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowrank_cli import methods
+from lowrank_cli.config import SECTIONS, Invocation, base_type, coerce, key_of, preset_names, read_yaml
+from lowrank_cli.errors import LowrankError
+
+METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+
+
+def peek(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE` in the arguments, before they are parsed."""
+    for i, argument in enumerate(argv):
+        if argument == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith(f"--{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def peek_methods(argv: Sequence[str], command: str) -> list[type[methods.Method]]:
+    """The methods that a command line chooses, by flag, YAML file, preset or the run that it resumes.
+
+    Mistakes are left for the command to report: here they choose nothing.
+    """
+    chosen = peek(argv, "method")
+    if chosen is None:
+        files = [peek(argv, "config"), *(preset_names().get(p) for p in [peek(argv, "preset")] if p)]
+        resumed = peek(argv, "resume")
+        if resumed and resumed not in ("auto", "never"):
+            files += [Path(resumed) / "config.yaml", Path(resumed).parent.parent / "config.yaml"]
+        for file in filter(None, files):
+            try:
+                chosen = chosen or read_yaml(Path(file)).get("method")
+            except LowrankError:
+                continue
+    try:
+        return methods.compose(str(chosen or "full"), command)
+    except LowrankError:
+        return []
+
+
+def register(
+    app: typer.Typer,
+    command: str,
+    help: str,
+    handler: Callable[[dict[str, Any], dict[str, dict[str, Any]], Invocation], None],
+    argv: Sequence[str],
+) -> None:
+    """Add a command whose flags are the configuration's fields.
+
+    Args:
+        app: the application.
+        command: the command's name.
+        help: its first line in --help.
+        handler: called with the flags that were typed, the chosen methods' own ones, and what concerns this call
+            only.
+        argv: the arguments, read ahead for the chosen methods.
+    """
+    chosen = peek_methods(argv, command)
+    available = [n for n in methods.names() if command in methods.get(n).commands]
+    listing = "  ".join(f"**{n}**: {methods.get(n).summary}.\n\n" for n in available)
+    parameters = [
+        parameter("method", "method", str, f"{', '.join(available)}; join two with +", "full", "Method", "TEXT")
+    ]
+    for part in chosen:
+        parameters += [
+            of_field(part.Config, f, f"{part.title} (--method {part.name})", part.name) for f in fields(part.Config)
+        ]
+    for cls in (*SECTIONS.values(), Invocation):
+        parameters += [of_field(cls, f, cls.__doc__) for f in fields(cls)]
+
+    def call(**values: Any) -> None:
+        plain = {f: values.pop(f) for f in [key_of(f) for c in SECTIONS.values() for f in fields(c)]}
+        own = {p.name: {key_of(f): values.pop(f"{p.name}_{key_of(f)}") for f in fields(p.Config)} for p in chosen}
+        invocation = Invocation(
+            **{
+                f.name: coerce(Invocation, f, values[key_of(f)], f"--{key_of(f)}")
+                for f in fields(Invocation)
+                if values[key_of(f)] is not None
+            }
+        )
+        plain["method"] = values["method"]
+        handler(plain, own, invocation)
+
+    call.__signature__ = inspect.Signature(parameters)
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__name__ = command.replace("-", "_")
+    presets = [p for p, file in preset_names().items() if read_yaml(file).get("command", command) == command]
+    epilog = f"Methods:\n\n{listing}\n\nPresets (--preset): {', '.join(presets)}."
+    app.command(command, help=help, epilog=epilog)(call)
+
+
+def of_field(cls, f, panel: str, prefix: str = "") -> inspect.Parameter:
+    """The flag of one configuration field."""
+    name = f"{prefix}_{key_of(f)}" if prefix else key_of(f)
+    kind = base_type(cls, f)
+    choices = f.metadata["choices"]
+    metavar = "|".join(map(str, choices)) if choices else ("COUNT" if f.metadata["count"] else METAVARS.get(kind))
+    default = None if f.default is None or f.default in (False, "") else str(f.default)
+    short = f.metadata["flag"].partition("/")[2]
+    return parameter(
+        name, name, kind, f.metadata["help"], default, panel, metavar, short, negatable=cls is not Invocation
+    )
+
+
+def parameter(
+    name: str,
+    flag: str,
+    kind: type,
+    help: str,
+    default: str | None,
+    panel: str,
+    metavar: str | None,
+    short: str = "",
+    negatable: bool = True,
+) -> inspect.Parameter:
+    """One parameter of a command's function; every value is parsed by config.coerce, so that YAML and flags agree."""
+    flag = "--" + flag.replace("_", "-")
+    if kind is bool:
+        decls, annotation = [f"{flag}/--no-{flag[2:]}" if negatable else flag], bool | None
+    else:
+        decls, annotation = [flag], str | None
+    help = f"{help} [{default}]" if default else help
+    info = typer.Option(
+        *decls,
+        *([short] if short else []),
+        help=help,
+        show_default=False,
+        rich_help_panel=panel,
+        metavar=None if kind is bool else metavar,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
+    )

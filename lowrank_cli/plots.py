@@ -1,0 +1,49 @@
+"""Pictures of a run, drawn from metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+
+from lowrank_cli.run import RunDir
+
+PANELS = (
+    # file, title, [(key, label)], y label, logarithmic
+    ("loss", "Loss", [("loss", "training, a batch"), ("eval_loss", "validation")], "nats per token", False),
+    ("perplexity", "Validation perplexity", [("eval_perplexity", "validation")], "perplexity", True),
+    ("learning_rate", "Learning rate", [("lr", "learning rate")], "learning rate", False),
+    ("throughput", "Throughput", [("tokens_per_second", "tokens/s")], "tokens per second", False),
+    ("memory", "Peak memory", [("memory", "peak memory")], "GiB", False),
+)
+
+
+def draw(run: RunDir) -> None:
+    """Write plots/*.png of a run; figures with no data yet are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    run.plots.mkdir(exist_ok=True)
+    for name, title, series, unit, logarithmic in PANELS:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        drawn = False
+        for key, label in series:
+            points = [(line["step"], line[key] / (2**30 if key == "memory" else 1)) for line in lines if key in line]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(
+                    steps, values, label=label, linewidth=1.4, marker="o" if len(points) < 30 else None, markersize=3
+                )
+                drawn = True
+        if not drawn:
+            continue
+        if logarithmic:
+            axes.set_yscale("log")
+        elif name != "loss":
+            axes.set_ylim(bottom=0)
+        axes.set(title=f"{title}: {run.path.name}", xlabel="step", ylabel=unit)
+        axes.grid(alpha=0.3)
+        if len(series) > 1:
+            axes.legend()
+        figure.savefig(run.plots / f"{name}.png", dpi=130)

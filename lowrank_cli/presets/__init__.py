@@ -1,0 +1,1 @@
+"""Recipes of the papers as YAML files; `--preset NAME` takes one."""

@@ -1,0 +1,118 @@
+"""Checks that a run trains what it says it trains: the table of targets before it, a look at every tensor after the
+first update, and the name of the tensor when numbers break."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli import console
+from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.run import write_json
+
+# elements of a tensor that are compared before and after the first update
+SAMPLE = 1 << 16
+
+
+def targets(model: nn.Module, groups: list[dict]) -> list[dict[str, Any]]:
+    """What happens to each tensor: its shape, role, rank, and why nothing more does."""
+    roles = {name: group for group in groups for name, _ in group["params"]}
+    rows = []
+    for name, p in model.named_parameters():
+        group = roles.get(name)
+        row = {"name": name, "shape": list(p.shape), "role": group["role"] if group else "frozen"}
+        if group is None:
+            row["why"] = "does not require a gradient" if not p.requires_grad else "left out by the method"
+        else:
+            row |= {key: group[key] for key in ("rank", "why") if key in group}
+        rows.append(row)
+    return rows
+
+
+def write_targets(path: Path | None, model: nn.Module, groups: list[dict], method: str) -> list[dict[str, Any]]:
+    """Print the table of targets, one line for each shape and role, and write targets.json.
+
+    Raises:
+        UsageError: the method touches no tensor of this model.
+    """
+    rows = targets(model, groups)
+    if path is not None:
+        write_json(path, rows)
+    kinds: dict[tuple, dict[str, int]] = {}
+    for row in rows:
+        # model.layers.0.self_attn.q_proj.weight is one of the q_proj
+        name = row["name"].removesuffix(".weight").rpartition(".")[2] or row["name"]
+        names = kinds.setdefault((tuple(row["shape"]), row["role"], row.get("rank"), row.get("why", "")), {})
+        names[name] = names.get(name, 0) + 1
+    table = [
+        [" ".join(names), sum(names.values()), " x ".join(map(str, shape)), role, rank or "", why]
+        for (shape, role, rank, why), names in kinds.items()
+    ]
+    console.table(
+        "What is trained, and how", ["tensors", "count", "shape", "method", "rank", "note"], table, right=(1, 4)
+    )
+    touched = [row for row in rows if row["role"] in method.split("+")]
+    if not touched:
+        raise UsageError(f"{method} finds no tensor to train in this model", "choose another --model or --method")
+    return rows
+
+
+class Snapshot:
+    """A sample of every trainable tensor before the first update, to see afterwards that each one moved."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.before = [(name, sample(p).clone()) for name, p in named(optimizer)]
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Every tensor with a gradient changed, and every step counter is 1.
+
+        Raises:
+            LowrankError: names the tensors that did not.
+        """
+        for (name, before), (_, p) in zip(self.before, named(optimizer), strict=True):
+            if p.grad is None and not optimizer.state.get(p):
+                raise LowrankError(
+                    f"{name} is in the optimizer but got no gradient in the first update",
+                    "freeze it, or choose a method that trains it",
+                )
+            step = optimizer.state[p].get("step")
+            if step is None or int(step) != 1:
+                raise LowrankError(
+                    f"the optimizer counts step {step} for {name} after one update",
+                    "this is a bug: please report it with run.json",
+                )
+            moved = not torch.equal(before, sample(p))
+            if not moved and (p.grad is None or bool(p.grad.any())):
+                raise LowrankError(
+                    f"{name} has a gradient but did not change in the first update",
+                    "the learning rate may be too small for its dtype: raise --lr or take --dtype float32",
+                )
+
+
+def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The optimizer's parameters with their names."""
+    return [
+        (name, p)
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    ]
+
+
+def sample(p: Tensor) -> Tensor:
+    """At most SAMPLE evenly spaced elements."""
+    flat = p.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)]
+
+
+def first_non_finite(model: nn.Module) -> str:
+    """Which weight or gradient is not finite, in the model's order."""
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            return f"the first tensor with a non-finite value is the weight {name}"
+    for name, p in model.named_parameters():
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+            return f"the weights are finite; the first non-finite gradient is that of {name}"
+    return "all weights and gradients are finite, so it arose in the forward pass"

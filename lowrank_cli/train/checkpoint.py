@@ -1,0 +1,239 @@
+"""Checkpoints: written whole or not at all, made of tensors and numbers, enough to go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.run import write_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands after a whole number of updates: everything but tensors, JSON-able."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    folder: Path,
+    *,
+    model: nn.Module,
+    tokenizer,
+    optimizer: Optimizer,
+    method_states: dict[str, Tensor],
+    progress: Progress,
+    rng: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-NNNNNN` and remove all but the newest `keep`.
+
+    Everything goes to a temporary folder that is flushed to disk and then renamed: a kill at any moment leaves the
+    previous checkpoint whole.
+
+    Raises:
+        LowrankError: it could not be written (a full disk); what was there before is untouched.
+    """
+    final = folder / f"step-{progress.step:06d}"
+    temporary = folder / f".step-{progress.step:06d}.{os.getpid()}"
+    try:
+        remove_leftovers(folder)
+        temporary.mkdir(parents=True)
+        write_model(temporary, model, tokenizer)
+        tensors, numbers = optimizer_state(optimizer)
+        save_file(tensors, temporary / "optimizer.safetensors")
+        save_file(method_states, temporary / "method.safetensors")
+        save_file(rng["tensors"], temporary / "rng.safetensors")
+        write_json(
+            temporary / "progress.json",
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "seconds": progress.seconds,
+                "data": progress.data,
+                "python_rng": rng["python"],
+                "optimizer_numbers": numbers,
+            },
+        )
+        sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, sizes)
+        commit(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        whole = newest(folder)
+        raise LowrankError(
+            f"could not write the checkpoint of step {progress.step} to {folder}: {reason(error)}",
+            f"make room, then go on from {whole.name}: --resume {folder.parent}"
+            if whole
+            else "make room, or choose another place with --out; there was no earlier checkpoint",
+        ) from None
+    for old in listing(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def reason(error: Exception) -> str:
+    """What the system said, short."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return text[:1].lower() + text[1:200]
+
+
+def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
+    """The weights, the configuration and the tokenizer, in the form that from_pretrained loads."""
+    model.save_pretrained(folder, max_shard_size="1000GB")
+    tokenizer.save_pretrained(folder)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Flush a folder's files to disk and give it its name."""
+    for path in (*temporary.rglob("*"), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if final.exists():
+        # the same step again, after a resume: the old one steps aside until the new one has its name
+        aside = final.with_name(f".old-{final.name}")
+        os.replace(final, aside)
+        os.replace(temporary, final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(temporary, final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written; put back what it had moved aside."""
+    for old in folder.glob(".old-step-*"):
+        final = folder / old.name.removeprefix(".old-")
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, final)
+    for temporary in folder.glob(".step-*"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def listing(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d+", p.name) and p.is_dir())
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest finished checkpoint, if there is one."""
+    if folder.is_dir():
+        for old in folder.glob(".old-step-*"):
+            if not (folder / old.name.removeprefix(".old-")).exists():
+                os.replace(old, folder / old.name.removeprefix(".old-"))
+    found = listing(folder)
+    return found[-1] if found else None
+
+
+def verify(path: Path) -> None:
+    """Check that every file of a checkpoint has its full length; raises UsageError naming the one that has not."""
+    try:
+        sizes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{path} is no whole checkpoint: {MANIFEST} is missing or unreadable", _others(path)
+        ) from None
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found:,} bytes of {size:,}"
+            raise UsageError(f"the checkpoint {path} is damaged: {name} {what}", _others(path))
+
+
+def _others(path: Path) -> str:
+    others = [p for p in listing(path.parent) if p != path]
+    return f"an older one is there: --resume {others[-1]}" if others else "start again without --resume"
+
+
+def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[Progress, dict[str, Tensor]]:
+    """Put a checkpoint's weights, optimizer state and random states back.
+
+    Returns:
+        The progress, and the methods' own tensors.
+    Raises:
+        UsageError: a file is damaged, or the checkpoint is of another model.
+    """
+    verify(path)
+    entries = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    try:
+        load_model(model, path / "model.safetensors")
+    except (RuntimeError, SafetensorError) as error:
+        raise UsageError(
+            f"the checkpoint {path} does not fit this model: {reason(error)}",
+            "resume with the configuration of the run: --resume RUN_FOLDER and nothing else",
+        ) from None
+    load_optimizer(optimizer, load_file(path / "optimizer.safetensors"), entries["optimizer_numbers"])
+    restore_rng(load_file(path / "rng.safetensors"), entries["python_rng"])
+    progress = Progress(entries["step"], entries["tokens"], entries["seconds"], entries["data"])
+    return progress, load_file(path / "method.safetensors")
+
+
+def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """The state of an optimizer by parameter name: tensors as `name|key`, numbers apart."""
+    tensors, numbers = {}, {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}|{key}"] = value.detach().contiguous()
+                else:
+                    numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, dict[str, float]]) -> None:
+    """The inverse of `optimizer_state`; every tensor keeps its dtype."""
+    by_name = {name: p for g in optimizer.param_groups for name, p in zip(g["param_names"], g["params"], strict=True)}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("|")
+        optimizer.state[by_name[name]][entry] = tensor.to(by_name[name].device)
+    for name, entries in numbers.items():
+        optimizer.state[by_name[name]].update(entries)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random generator, as tensors and JSON."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return {"tensors": tensors, "python": random.getstate()}
+
+
+def restore_rng(tensors: dict[str, Tensor], python: list) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(tensors["torch"])
+    for key, state in tensors.items():
+        if key.startswith("cuda:") and int(key[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(key[5:]))
+    version, internal, gauss = python
+    random.setstate((version, tuple(internal), gauss))

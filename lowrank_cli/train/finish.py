@@ -1,0 +1,98 @@
+"""The end of a run: the model where Transformers loads it, the pictures, the numbers, and what to type next."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowrank_cli import console, plots
+from lowrank_cli.train import checkpoint
+from lowrank_cli.train.metrics import peak_memory
+
+if TYPE_CHECKING:
+    from lowrank_cli.train.loop import Session
+
+
+def finish(session: Session) -> dict[str, Any]:
+    """Write model/ and plots/, say what came of it, and return it."""
+    run, model = session.run, session.model
+    for part in session.parts:
+        part.merge(model)
+    temporary = run.path / f".model.{os.getpid()}"
+    checkpoint.write_model(temporary, model, session.data.tokenizer)
+    shutil.rmtree(run.model, ignore_errors=True)
+    checkpoint.commit(temporary, run.model)
+    plots.draw(run)
+    progress = session.progress
+    return {
+        "run": str(run.path), "model": str(run.model), "steps": progress.step, "tokens": progress.tokens,
+        "validation_loss": session.evaluation.get("loss"),
+        "validation_perplexity": session.evaluation.get("perplexity"),
+        "validation_tokens": session.evaluation.get("tokens"),
+        "train_seconds": round(progress.seconds, 1),
+        "peak_memory_bytes": peak_memory(session.device),
+        "optimizer_state_bytes": optimizer_bytes(session.optimizer),
+        "sample": sample(session),
+    }  # fmt: skip
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of storage that the optimizer's state holds alive, each storage once."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(storages.values())
+
+
+@torch.no_grad()
+def sample(session: Session, length: int = 48) -> str:
+    """What the model writes after the first tokens of the validation text; random generators are left as they were."""
+    batch = next(iter(session.data.validation()), None)
+    if batch is None:
+        return ""
+    prompt = batch["input_ids"][:1, :8].to(session.device)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    session.model.eval()
+    try:
+        tokens = session.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=length,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+            use_cache=True,
+            pad_token_id=session.data.tokenizer.pad_token_id,
+        )
+    finally:
+        torch.set_rng_state(state)
+    return session.data.tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def summary(result: dict[str, Any]) -> None:
+    """The last lines on the screen."""
+    console.note("")
+    console.note(f"wrote (after its first words):\n{result['sample']}\n")
+    ppl, tokens = result["validation_perplexity"], result["validation_tokens"]
+    console.table("Done", ["", ""], [
+        ["validation perplexity", f"{ppl:.2f} over {tokens:,} tokens" if ppl else "not evaluated"],
+        ["trained", f"{result['steps']} steps, {console.human_count(result['tokens'])} tokens, "
+                    f"{result['train_seconds']:.0f} s"],
+        ["peak memory", console.human_bytes(result["peak_memory_bytes"])],
+        ["optimizer state", console.human_bytes(result["optimizer_state_bytes"])],
+        ["run", result["run"]],
+        ["model", result["model"]],
+    ])  # fmt: skip
+    console.note("next:")
+    console.note(f"  lowrank pretrain --continue-from {result['model']} --method galore --max-steps 400")
+    console.note(
+        f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', "
+        f"'{result['model']}')('def main(')[0]['generated_text'])\""
+    )

@@ -1,0 +1,273 @@
+"""The training loop: the only one. It knows no method by name.
+
+`fit` reads top to bottom: set up, then for every update forward and backward over its micro-batches, clip, step, and
+now and then report, evaluate and save. `Session` holds what those share.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli import console, data, methods, optim, plots
+from lowrank_cli.config import RunConfig
+from lowrank_cli.errors import Interrupted, LowrankError
+from lowrank_cli.evaluate.perplexity import perplexity
+from lowrank_cli.models import load as models
+from lowrank_cli.models.forward import causal_lm_loss
+from lowrank_cli.optim import schedule
+from lowrank_cli.run import RunDir
+from lowrank_cli.train import audit, checkpoint, finish, plan
+from lowrank_cli.train.metrics import Reporter
+
+
+@dataclass
+class Session:
+    """A run's parts, built once by `prepare`."""
+
+    config: RunConfig
+    run: RunDir
+    data: Any
+    model: nn.Module
+    parts: list[methods.Method]
+    optimizer: torch.optim.Optimizer
+    plan: plan.Plan
+    device: torch.device
+    progress: checkpoint.Progress = field(default_factory=checkpoint.Progress)
+    rng: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+    def mark(self) -> None:
+        """Remember where data and random generators stand: what a checkpoint of this moment holds."""
+        self.progress.data = self.data.train.state_dict()
+        self.rng = checkpoint.rng_state()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the last whole update."""
+        states = {f"{m.name}|{k}": v for m in self.parts for k, v in m.state(self.model).items()}
+        return checkpoint.save(
+            self.run.checkpoints,
+            model=self.model,
+            tokenizer=self.data.tokenizer,
+            optimizer=self.optimizer,
+            method_states=states,
+            progress=self.progress,
+            rng=self.rng,
+            keep=self.config.train.keep,
+        )
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        self.progress, states = checkpoint.load(path, model=self.model, optimizer=self.optimizer)
+        for m in self.parts:
+            m.load_state(self.model, {k.partition("|")[2]: v for k, v in states.items() if k.startswith(f"{m.name}|")})
+        self.data.train.load_state_dict(self.progress.data)
+
+
+def prepare(config: RunConfig, run: RunDir) -> Session:
+    """Data, model, methods and optimizer of a run, with the table of what is trained how."""
+    console.quiet_libraries()
+    torch.manual_seed(config.common.seed)
+    random.seed(config.common.seed)
+    device = models.device_of(config.common.device)
+    dtype = models.dtype_of(config.model.dtype, device)
+    batches = data.build(
+        config.data,
+        batch_size=config.train.batch_size,
+        total_batch_size=plan.total_batch_size(config),
+        eval_tokens=config.eval.eval_tokens,
+        seed=config.common.seed,
+        offline=config.common.offline,
+        tokenizer_fallback=models.tokenizer_of(config.model),
+        status=console.note,
+    )
+    architecture = None
+    if config.model.continue_from is None:
+        tokens = batches.tokenizer
+        architecture = models.build_config(
+            config.model,
+            vocab_size=len(tokens),
+            bos_token_id=tokens.bos_token_id,
+            eos_token_id=tokens.eos_token_id,
+            pad_token_id=tokens.pad_token_id,
+            max_length=config.data.max_length,
+        )
+    model = models.load(
+        config.model,
+        config=architecture,
+        dtype=dtype,
+        device=device,
+        seed=config.common.seed,
+        offline=config.common.offline,
+    )
+    models.check_vocabulary(model, batches.tokenizer)
+    parts = [methods.get(name)(part) for name, part in config.methods.items()]
+    for part in parts:
+        part.wrap(model)
+    groups = optim.base_groups(model, config.optim)
+    for part in parts:
+        groups = part.param_groups(model, groups)
+    audit.write_targets(run.path / "targets.json", model, groups, config.method)
+    optimizer = optim.build(config.optim, groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    model.train()
+    return Session(
+        config, run, batches, model, parts, optimizer, plan.make(config, batches.train.updates_per_epoch), device
+    )
+
+
+def fit(config: RunConfig, run: RunDir, *, resume: Path | None = None) -> dict[str, Any]:
+    """Train a model; the run folder then holds it, its metrics and its checkpoints.
+
+    Args:
+        config: the resolved configuration.
+        run: the run folder.
+        resume: a checkpoint to go on from, bit for bit.
+    Returns:
+        What the run came to: steps, tokens, losses, perplexities, times, memory.
+    Raises:
+        LowrankError: the loss is not finite, nothing would train, or a file could not be written.
+        Interrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+    """
+    session = prepare(config, run)
+    if resume is not None:
+        session.load(resume)
+        console.note(f"resumed from {resume}, at step {session.progress.step} of {session.plan.steps}")
+    progress, steps = session.progress, session.plan
+    factor = schedule.build(
+        config.optim.scheduler,
+        warmup_steps=steps.warmup_steps,
+        total_steps=steps.steps,
+        min_lr_ratio=config.optim.min_lr_ratio,
+        num_cycles=config.optim.num_cycles,
+    )
+    session.mark()
+    with Reporter(run, config, total=steps.steps, progress=progress, device=session.device) as report, Stop() as stop:
+        if progress.step == 0:
+            evaluate(session, report)
+        for step in range(progress.step + 1, steps.steps + 1):
+            stop.check(session)
+            for group in session.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor(step)
+            first = audit.Snapshot(session.optimizer) if step == 1 else None
+            loss, tokens = update(session, stop)
+            reporting = step % config.train.log_every == 0 or step in (1, steps.steps)
+            evaluating = step % steps.eval_every == 0 or step == steps.steps
+            saving = step % steps.save_every == 0 or step == steps.steps
+            grad_norm = gradient_norm(session, wanted=reporting or saving)
+            session.optimizer.step()
+            if first is not None:
+                first.check(session.optimizer)
+            session.optimizer.zero_grad(set_to_none=True)
+            extra = {k: v for part in session.parts for k, v in part.after_step(session.model, step).items()}
+            progress.step, progress.tokens = step, progress.tokens + tokens
+            session.mark()
+            report.advance()
+            if reporting:
+                report.training(loss=loss, lr=session.optimizer.param_groups[0]["lr"], grad_norm=grad_norm, **extra)
+            with report.paused():
+                if evaluating:
+                    evaluate(session, report)
+                if saving:
+                    session.save()
+                    plots.draw(run)
+        return finish.finish(session)
+
+
+def update(session: Session, stop: Stop) -> tuple[float, int]:
+    """Gradients of one update, accumulated over its micro-batches; returns the mean loss and the tokens it is over."""
+    batches = [
+        {k: v.to(session.device, non_blocking=True) for k, v in b.items()} for b in session.data.train.next_update()
+    ]
+    # every micro-batch is divided by the update's own number of targets, so accumulation is exact
+    targets = int(sum((b["labels"][:, 1:] != -100).sum() for b in batches))
+    total: Tensor | float = 0.0
+    for batch in batches:
+        stop.check(session)
+        loss = causal_lm_loss(session.model, batch, max(1, targets))
+        loss.backward()
+        total = total + loss.detach()
+    # the one synchronisation of an update: a loss that is not finite never reaches the weights
+    value = float(total)
+    if not math.isfinite(value):
+        raise not_finite(session, f"the loss is {value}")
+    return value, sum(int((b["labels"] != -100).sum()) for b in batches)
+
+
+def gradient_norm(session: Session, wanted: bool) -> float | None:
+    """The global norm of the gradients, clipped if the configuration says so; None if nobody wants to know.
+
+    Raises:
+        LowrankError: it is not finite; the weights are still those of the step before.
+    """
+    limit = session.config.optim.grad_clipping
+    if not (limit or wanted):
+        return None
+    parameters = [p for group in session.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    value = float(norm) if wanted else None
+    if value is not None and not math.isfinite(value):
+        raise not_finite(session, f"the gradient's norm is {value}")
+    return value
+
+
+def not_finite(session: Session, what: str) -> LowrankError:
+    """The end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
+    whole = checkpoint.newest(session.run.checkpoints)
+    good = (
+        f"{whole} is good: go on from it with --continue-from {whole}" if whole else "there is no earlier checkpoint"
+    )
+    return LowrankError(
+        f"{what} at step {session.progress.step + 1}; {audit.first_non_finite(session.model)}",
+        f"{good}; a lower --lr, --grad-clipping 1.0 or a longer --warmup-steps may help",
+    )
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once."""
+
+    def __init__(self):
+        self.asked: str | None = None
+
+    def __enter__(self) -> Stop:
+        self.previous = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, _frame) -> None:
+        """The signal handler."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+        console.note(f"{self.asked}: saving a checkpoint; once more to stop without")
+
+    def check(self, session: Session) -> None:
+        """Between two micro-batches: save the last whole update and end, if that was asked for."""
+        if self.asked:
+            path = session.save() if session.progress.step else None
+            raise Interrupted(
+                f"stopped by {self.asked} after step {session.progress.step} of {session.plan.steps}",
+                f"go on with: lowrank {session.config.command} --resume {session.run.path}"
+                if path
+                else "nothing was trained yet",
+            )
+
+
+def evaluate(session: Session, report: Reporter) -> None:
+    """Validation perplexity, reported and remembered."""
+    result = perplexity(session.model, session.data.validation())
+    session.evaluation = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
+    report.evaluation(result.loss, result.perplexity, result.tokens)

@@ -1,0 +1,206 @@
+"""What a run reports while it trains: metrics.jsonl always, other loggers on request, and the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lowrank_cli import console
+from lowrank_cli.config import RunConfig
+from lowrank_cli.errors import MissingError, unknown
+from lowrank_cli.run import RunDir
+
+SINKS = ("tensorboard", "wandb", "trackio")
+
+
+class Metrics:
+    """One line of metrics.jsonl for each report, copied to the chosen loggers.
+
+    Args:
+        path: metrics.jsonl; lines after `resume_step` are dropped, since that part of the run is done again.
+        log: comma-separated names of further loggers.
+        name: the run's name there.
+        config: the configuration, for those that keep it.
+        resume_step: the step that the run goes on from; 0 for a new one.
+    """
+
+    def __init__(self, path: Path, *, log: str, name: str, config: dict[str, Any], resume_step: int = 0):
+        self.path = path
+        names = [s.strip() for s in log.split(",") if s.strip()]
+        for sink in names:
+            if sink not in SINKS:
+                raise unknown("logger", sink, SINKS, "--log")
+        if path.exists():
+            lines = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line)["step"] <= resume_step
+            ]
+            temporary = path.with_name(f".{path.name}")
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(path)
+        self.file = path.open("a", encoding="utf-8")
+        self.sinks = [open_sink(sink, path.parent, name, config) for sink in names]
+
+    def write(self, step: int, **values: Any) -> None:
+        """Report values at a step."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink.write(step, values)
+
+    def close(self) -> None:
+        """Flush and close every logger."""
+        self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+class TensorBoard:
+    """torch's own writer, into the run folder."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Tracker:
+    """W&B, or trackio, which has the same interface."""
+
+    def __init__(self, module, folder: Path, name: str, config: dict[str, Any]):
+        place = {"dir": str(folder)} if module.__name__ == "wandb" else {}
+        self.module = module
+        module.init(project="lowrank", name=name, config=config, **place)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.module.log({**values, "step": step})
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+def open_sink(sink: str, folder: Path, name: str, config: dict[str, Any]):
+    """A logger by name; raises MissingError with the install command if its library is not there."""
+    try:
+        if sink == "tensorboard":
+            return TensorBoard(folder)
+        from importlib import import_module
+
+        return Tracker(import_module(sink), folder, name, config)
+    except ImportError:
+        raise MissingError(
+            f"--log {sink} needs a library that is not installed", f"pip install 'lowrank-cli[{sink}]'"
+        ) from None
+
+
+class Reporter:
+    """Everything a run says while it trains: metrics.jsonl, other loggers, and the screen. It keeps the clock too.
+
+    On a terminal the screen is one moving line, elsewhere a line for each report. `progress.seconds` counts training
+    alone, without evaluation and saving; so do the tokens per second.
+    """
+
+    def __init__(self, run: RunDir, config: RunConfig, *, total: int, progress: Any, device: torch.device):
+        self.progress, self.total, self.device = progress, total, device
+        self.metrics = Metrics(
+            run.metrics, log=config.train.log, name=run.path.name, config=config.flat(), resume_step=progress.step
+        )
+        self.bar: Progress | None = None
+        if console.is_live():
+            self.bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True),
+                console=console.stderr,
+                transient=True,
+            )
+            self.task = self.bar.add_task("", total=total, completed=progress.step, numbers="")
+
+    def __enter__(self) -> Reporter:
+        if self.bar:
+            self.bar.start()
+        self.clock = time.monotonic()
+        self.window = (self.progress.seconds, self.progress.tokens)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()
+        self.metrics.close()
+
+    def advance(self) -> None:
+        """An update is done."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+        if self.bar:
+            self.bar.update(self.task, completed=self.progress.step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training."""
+        yield
+        self.clock = time.monotonic()
+
+    def training(self, *, loss: float, lr: float, grad_norm: float | None, **extra: float) -> None:
+        """The numbers of the updates since the last report."""
+        step, seconds, tokens = self.progress.step, self.progress.seconds, self.progress.tokens
+        speed = (tokens - self.window[1]) / max(1e-9, seconds - self.window[0])
+        self.window = (seconds, tokens)
+        memory = peak_memory(self.device)
+        self.metrics.write(
+            step,
+            tokens=tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=round(speed, 1),
+            memory=memory,
+            **extra,
+        )
+        numbers = (
+            f"loss {loss:.3f}  ppl {math.exp(min(loss, 700)):.1f}  lr {lr:.1e}  {speed:,.0f} tok/s  "
+            f"{console.human_bytes(memory)}"
+        )
+        if self.bar:
+            self.bar.update(self.task, numbers=numbers)
+            console.log_only(f"step {step}/{self.total}  {numbers}")
+        else:
+            left_s = (self.total - step) * seconds / step
+            console.note(f"step {step}/{self.total}  {numbers}  {left_s:.0f} s left")
+
+    def evaluation(self, loss: float, perplexity: float, tokens: int) -> None:
+        """A validation perplexity."""
+        self.metrics.write(self.progress.step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=tokens)
+        console.note(
+            f"step {self.progress.step}/{self.total}  validation perplexity {perplexity:.2f} "
+            f"(loss {loss:.4f} over {tokens:,} tokens)"
+        )
+        self.clock = time.monotonic()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory held so far, in bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # kibibytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

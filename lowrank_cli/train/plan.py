@@ -1,0 +1,67 @@
+"""How long a run is: every count that was left open, worked out before the first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lowrank_cli.config import RunConfig
+from lowrank_cli.errors import UsageError
+
+# what a run takes when no length is given: minutes for the default preset on a laptop
+DEFAULT_STEPS = 400
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The counts of a run, in optimizer updates."""
+
+    steps: int
+    warmup_steps: int
+    eval_every: int
+    save_every: int
+    tokens_per_update: int
+
+
+def total_batch_size(config: RunConfig) -> int:
+    """Sequences in one update over all devices."""
+    return config.train.total_batch_size or config.train.batch_size
+
+
+def make(config: RunConfig, updates_per_epoch: int | None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: the resolved configuration.
+        updates_per_epoch: updates in one pass over the data; None for a stream of unknown length.
+    Raises:
+        UsageError: the length is given twice, or in epochs of a stream.
+    """
+    train = config.train
+    tokens_per_update = total_batch_size(config) * config.data.max_length
+    given = [name for name in ("max_steps", "max_train_tokens", "epochs") if getattr(train, name) is not None]
+    if len(given) > 1:
+        raise UsageError(
+            f"the length is given twice: {' and '.join('--' + g.replace('_', '-') for g in given)}", "keep one of them"
+        )
+    if train.max_train_tokens is not None:
+        steps = math.ceil(train.max_train_tokens / tokens_per_update)
+    elif train.epochs is not None:
+        if updates_per_epoch is None:
+            raise UsageError(
+                "a streamed dataset has no known length, so --epochs means nothing",
+                "give --max-steps or --max-train-tokens",
+            )
+        steps = max(1, round(train.epochs * updates_per_epoch))
+    else:
+        steps = train.max_steps or DEFAULT_STEPS
+    warmup = config.optim.warmup_steps
+    if warmup is not None and warmup > steps:
+        raise UsageError(f"--warmup-steps {warmup} is longer than the run of {steps} steps", "take a shorter warm-up")
+    return Plan(
+        steps=steps,
+        warmup_steps=steps // 10 if warmup is None else warmup,
+        eval_every=config.eval.eval_every or max(1, math.ceil(steps / 10)),
+        save_every=train.save_every or max(1, math.ceil(steps / 4)),
+        tokens_per_update=tokens_per_update,
+    )
