@@ -132,7 +132,7 @@ class EvalConfig:
     """Evaluation"""
 
     eval_every: int | None = option(None, "updates between evaluations; a tenth of the run unless given", min=1)
-    eval_tokens: int = option(100_000, "validation tokens, such as 10M", min=1, count=True)
+    eval_tokens: int = option(50_000, "validation tokens, such as 10M", min=1, count=True)
 
 
 @dataclass(frozen=True)

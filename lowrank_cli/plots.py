@@ -24,9 +24,9 @@ def draw(run: RunDir) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     run.plots.mkdir(exist_ok=True)
     for name, title, series, unit, logarithmic in PANELS:
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4))
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_axes((0.11, 0.13, 0.86, 0.78))
         drawn = False
         for key, label in series:
             points = [(line["step"], line[key] / (2**30 if key == "memory" else 1)) for line in lines if key in line]

@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lowrank_cli.config import DataConfig
-from lowrank_cli.data.cache import fingerprint
 from lowrank_cli.data.corpus import tokenized
-from lowrank_cli.data.documents import open_source
+from lowrank_cli.data.documents import Source, open_source
 from lowrank_cli.data.rows import Encoder, Row, RowReader
 from lowrank_cli.data.streams import EpochRows, PoolRows
 from lowrank_cli.data.tokenizer import load_tokenizer
@@ -35,16 +34,15 @@ class TrainStream:
     def __init__(
         self,
         rows: EpochRows | PoolRows,
-        form: str,
+        form: dict[str, Any],
         pad_token_id: int,
-        max_length: int,
         *,
         batch_size: int,
         total_batch_size: int,
         rank: int,
         world_size: int,
     ):
-        self._rows, self._form, self._pad, self._max_length = rows, form, pad_token_id, max_length
+        self._rows, self._form, self._pad, self._max_length = rows, form, pad_token_id, form["max_length"]
         self._batch_size, self._total, self._rank, self._world_size = batch_size, total_batch_size, rank, world_size
 
     @property
@@ -65,7 +63,7 @@ class TrainStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next update, as JSON; the same on every rank."""
-        return {"form": self._form, **self._rows.state_dict()}
+        return {"form": dict(self._form), **self._rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position, also with another batch_size, total_batch_size or world_size.
@@ -73,9 +71,11 @@ class TrainStream:
         Raises:
             UsageError: the position belongs to other data, or to another form or order of it.
         """
-        if state.get("form") != self._form:
+        saved = state["form"]
+        if saved != self._form:
+            key = next(key for key, value in self._form.items() if saved.get(key) != value)
             raise UsageError(
-                "the saved data position is of another tokenizer, packing, max_length or seed",
+                f"the saved data position is of {key} {saved.get(key)}, this run has {self._form[key]}",
                 "resume with the settings that the run began with",
             )
         self._rows.load_state_dict(state)
@@ -156,6 +156,8 @@ def build(
     _check_total(total_batch_size, batch_size, world_size)
     train_source = open_source(config, "train", offline=offline)
     validation_source = open_source(config, "validation", offline=offline)
+    for source in (train_source, validation_source):
+        _check_first(source)
     tokenizer = load_tokenizer(config, train_source, fallback=tokenizer_fallback, offline=offline, status=status)
     encoder = Encoder(tokenizer, config.packing, config.max_length)
     description = {
@@ -181,11 +183,12 @@ def build(
     else:
         reader = RowReader(validation_source, encoder, config.max_length, partial=True)
         validation_rows = _KeptRows(reader, eval_tokens)
+    # not the tokenizer itself: saved and loaded again it may be written differently and still give the same tokens
+    form = {"packing": config.packing, "max_length": config.max_length, "vocab_size": len(tokenizer), "seed": seed}
     train = TrainStream(
         rows,
-        fingerprint([encoder.identity, config.max_length, seed]),
+        form,
         tokenizer.pad_token_id,
-        config.max_length,
         batch_size=batch_size,
         total_batch_size=total_batch_size,
         rank=rank,
@@ -234,6 +237,12 @@ class _KeptRows:
                     break
             self._rows = rows
         return iter(self._rows)
+
+
+def _check_first(source: Source) -> None:
+    # a dataset that cannot be read should say so before a model is loaded, streamed ones too
+    next(iter(source))
+    source.load_state_dict({})
 
 
 def _check_total(total_batch_size: int, batch_size: int, world_size: int) -> None:

@@ -1,6 +1,7 @@
 """The architecture to pretrain: from a preset or a JSON file to a Transformers configuration."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,21 @@ def build_config(
     # Transformers freezes the embedding row of the padding token: a document's end would never be learned
     pad = None if pad_token_id in (bos_token_id, eos_token_id) else pad_token_id
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad}
+    _check_heads(raw, where, "head_dim" in raw)
     try:
         config = AutoConfig.for_model(model_type, **raw, **tokens, vocab_size=vocab_size)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].strip().partition("Error: ")
+        reason = reason[2] or reason[0]
         raise UsageError(f"{where} does not describe a model: {reason}", "mend that value in the file") from None
-    _check(config, where, "head_dim" in raw)
-    if hasattr(config, "max_position_embeddings"):
-        config.max_position_embeddings = max(config.max_position_embeddings, max_length)
+    # once more with the names and defaults of the architecture: n_embd and n_head of gpt2
+    shape = {key: getattr(config, key, None) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
+    _check_heads(shape, where, "head_dim" in raw)
+    if isinstance(activation := getattr(config, "hidden_act", None), str) and activation not in ACT2FN:
+        raise unknown("activation", activation, ACT2FN, where)
+    # an architecture without a bound, such as bloom, has no such setting
+    if isinstance(bound := getattr(config, "max_position_embeddings", None), int):
+        config.max_position_embeddings = max(bound, max_length)
     return config
 
 
@@ -123,24 +131,21 @@ def _check_model_type(raw: dict[str, Any], where: str) -> None:
     raise unknown("model_type", str(model_type), causal, where)
 
 
-def _check(config: PretrainedConfig, where: str, has_head_dim: bool) -> None:
-    """What Transformers finds out only while it builds the model, or not at all."""
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    if isinstance(hidden, int) and isinstance(heads, int):
-        if hidden < 1 or heads < 1:
-            raise UsageError(f"{where}: hidden size {hidden} with {heads} attention heads", "both are at least 1")
-        if hidden % heads and not has_head_dim:
-            near = next(n for n in range(heads, 0, -1) if hidden % n == 0)
-            raise UsageError(
-                f"{where}: {heads} attention heads do not divide the hidden size of {hidden}",
-                f"take {near} heads, or a hidden size of {heads * max(1, round(hidden / heads))}",
-            )
-        shared = getattr(config, "num_key_value_heads", None)
-        if isinstance(shared, int) and shared > 0 and heads % shared:
-            raise UsageError(
-                f"{where}: {shared} key-value heads do not divide {heads} attention heads",
-                "num_key_value_heads must divide num_attention_heads",
-            )
-    activation = getattr(config, "hidden_act", None)
-    if isinstance(activation, str) and activation not in ACT2FN:
-        raise unknown("activation", activation, ACT2FN, where)
+def _check_heads(shape: Mapping[str, Any], where: str, has_head_dim: bool) -> None:
+    """What most architectures find out only while the model is built, or runs."""
+    hidden, heads, shared = map(shape.get, ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if not (isinstance(hidden, int) and isinstance(heads, int)):
+        return
+    if hidden < 1 or heads < 1:
+        raise UsageError(f"{where}: hidden size {hidden} with {heads} attention heads", "both are at least 1")
+    if hidden % heads and not has_head_dim:
+        near = next(n for n in range(min(heads, hidden), 0, -1) if hidden % n == 0)
+        raise UsageError(
+            f"{where}: {heads} attention heads do not divide the hidden size of {hidden}",
+            f"take {near} heads, or a hidden size of {heads * max(1, round(hidden / heads))}",
+        )
+    if isinstance(shared, int) and shared > 0 and heads % shared:
+        raise UsageError(
+            f"{where}: {shared} key-value heads do not divide {heads} attention heads",
+            "set num_key_value_heads to a divisor of num_attention_heads",
+        )

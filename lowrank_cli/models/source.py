@@ -106,7 +106,7 @@ def _checkpoints(run: Path) -> list[Path]:
 def _check_hub_id(given: str) -> None:
     """Raise for what cannot be an id on the hub, and so was meant as a folder or a preset."""
     looks_local = given.startswith((".", "~", "/", "runs/")) or os.sep + os.sep in given or given.count("/") > 1
-    close = get_close_matches(given, presets.names(), n=1, cutoff=0.7)
+    close = [] if "/" in given else get_close_matches(given, presets.names(), n=1, cutoff=0.7)
     if close:
         raise UsageError(
             f"no folder and no preset '{given}'", f"did you mean '{close[0]}'? it is for lowrank pretrain"

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in float32
+# on a CPU the logits of a chunk are better off in its cache; fewer tokens would cost more passes over the weight
+CPU_CHUNK_TOKENS = 256
 
 
 def chunked_cross_entropy(
@@ -37,7 +39,8 @@ def chunked_cross_entropy(
         bias: (V,), of the output embedding.
         num_targets: what the sum is divided by instead of the number of targets here. With several micro-batches
             in an update, give each the update's own number, and their losses and gradients add up to the update's.
-        chunk_tokens: C; as many as keep C x V at 2**24 unless given. Does not change the result.
+        chunk_tokens: C; as many as keep C x V at 2**24, on a CPU at most 256, unless given. It changes the result
+            by rounding only.
     Returns:
         A float32 scalar (float64 for float64 weights); 0 with zero gradients when there is no target.
     Raises:
@@ -53,6 +56,8 @@ def chunked_cross_entropy(
     # a tensor stays on its device, where looking at its value would wait for the GPU
     divisor = torch.as_tensor(divisor, device=rows.device).clamp(min=1).to(_accumulation_dtype(weight))
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // len(weight))
+    if chunk_tokens is None and not rows.is_cuda:
+        chunk = min(chunk, CPU_CHUNK_TOKENS)
     return _ChunkedCrossEntropy.apply(rows, weight, bias, labels, index, divisor, chunk, torch.is_grad_enabled())
 
 

@@ -98,7 +98,10 @@ def reason(error: Exception) -> str:
 
 def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
     """The weights, the configuration and the tokenizer, in the form that from_pretrained loads."""
+    # training runs without a key-value cache; whoever loads the model wants one to generate
+    model.config.use_cache = True
     model.save_pretrained(folder, max_shard_size="1000GB")
+    model.config.use_cache = False
     tokenizer.save_pretrained(folder)
 
 

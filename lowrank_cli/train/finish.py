@@ -1,4 +1,4 @@
-"""The end of a run: the model where Transformers loads it, the pictures, the numbers, and what to type next."""
+"""The end of a run: the model where Transformers loads it, the numbers, and what to type next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowrank_cli import console, plots
+from lowrank_cli import console
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def finish(session: Session) -> dict[str, Any]:
-    """Write model/ and plots/, say what came of it, and return it."""
+    """Write model/ and return what came of the run."""
     run, model = session.run, session.model
     for part in session.parts:
         part.merge(model)
@@ -25,7 +25,6 @@ def finish(session: Session) -> dict[str, Any]:
     checkpoint.write_model(temporary, model, session.data.tokenizer)
     shutil.rmtree(run.model, ignore_errors=True)
     checkpoint.commit(temporary, run.model)
-    plots.draw(run)
     progress = session.progress
     return {
         "run": str(run.path), "model": str(run.model), "steps": progress.step, "tokens": progress.tokens,

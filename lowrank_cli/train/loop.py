@@ -78,6 +78,7 @@ def prepare(config: RunConfig, run: RunDir) -> Session:
     random.seed(config.common.seed)
     device = models.device_of(config.common.device)
     dtype = models.dtype_of(config.model.dtype, device)
+    fallback = models.tokenizer_of(config.model) if config.model.continue_from is not None else None
     batches = data.build(
         config.data,
         batch_size=config.train.batch_size,
@@ -85,7 +86,7 @@ def prepare(config: RunConfig, run: RunDir) -> Session:
         eval_tokens=config.eval.eval_tokens,
         seed=config.common.seed,
         offline=config.common.offline,
-        tokenizer_fallback=models.tokenizer_of(config.model),
+        tokenizer_fallback=fallback,
         status=console.note,
     )
     architecture = None

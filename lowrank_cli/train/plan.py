@@ -9,7 +9,7 @@ from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 
 # what a run takes when no length is given: minutes for the default preset on a laptop
-DEFAULT_STEPS = 400
+DEFAULT_STEPS = 300
 
 
 @dataclass(frozen=True)

@@ -130,13 +130,17 @@ def test_head_dim_of_its_own_needs_no_division(config_of_file):
         (without(GALORE, "model_type", architectures=["MistralForCausalLM"]), "no model_type", '"mistral"'),
         (without(GALORE, model_type="lama"), "unknown model_type 'lama' in ", "did you mean 'llama'?"),
         (without(GALORE, model_type="t5"), "t5 has no causal language model", "take a decoder"),
-        (without(GALORE, num_attention_heads=7), "The hidden size (64) is not a multiple", "num_attention_heads"),
+        (
+            without(GALORE, num_attention_heads=7),
+            "7 attention heads do not divide the hidden size of 64",
+            "take 4 heads",
+        ),
         (
             {"model_type": "gpt2", "n_embd": 64, "n_head": 7},
             "7 attention heads do not divide the hidden size of 64",
             "take 4 heads, or a hidden size of 63",
         ),
-        (without(GALORE, num_key_value_heads=3), "3 key-value heads do not divide 4 attention heads", "must divide"),
+        (without(GALORE, num_key_value_heads=3), "3 key-value heads do not divide 4 attention heads", "to a divisor"),
         (without(GALORE, hidden_size="64"), "'hidden_size' expected int, got str", "mend that value"),
         (without(GALORE, hidden_size=0), "hidden size 0 with 4 attention heads", "at least 1"),
         (without(GALORE, hidden_act="silly"), "unknown activation 'silly' in ", "did you mean 'silu'?"),
@@ -169,7 +173,7 @@ def test_missing_folder_and_binary_files(tmp_path):
     [
         (ModelConfig(), "no architecture to pretrain", "--model llama-9m"),
         (ModelConfig(name="llama-9m", model_config="x.json"), "both name an architecture", "leave one"),
-        (ModelConfig(name="llama-61m"), "unknown preset 'llama-61m' in --model", "did you mean 'llama-60m'?"),
+        (ModelConfig(name="lama-60m"), "unknown preset 'lama-60m' in --model", "did you mean 'llama-60m'?"),
         (ModelConfig(name="meta-llama/Llama-2-7b"), "is not a preset", "--continue-from meta-llama/Llama-2-7b"),
     ],
 )

@@ -95,8 +95,9 @@ def test_ready_to_train(config):
     assert model.training
     assert not model.config.use_cache
     assert model.config._attn_implementation == "sdpa"
-    assert not model.is_gradient_checkpointing
-    assert draw(config, model=ModelConfig(activation_checkpointing=True)).is_gradient_checkpointing
+    assert not model.model.layers[0].gradient_checkpointing
+    recomputing = draw(config, model=ModelConfig(activation_checkpointing=True))
+    assert all(layer.gradient_checkpointing for layer in recomputing.model.layers)
 
 
 def test_folder(config, tmp_path):
@@ -166,6 +167,7 @@ def errors(tmp_path, config):
         "typo": (UsageError, "no folder and no preset 'lama-9m'", "did you mean 'llama-9m'?", {"name": "lama-9m"}),
         "both": (UsageError, "both name a model", "leave one", {"name": "a", "continue_from": "b"}),
         "offline": (MissingError, "not in the cache", "hf download org/model", {"name": "org/model"}),
+        "like a preset": (MissingError, "not in the cache", "hf download", {"name": "org/llama-7b"}),
     }
 
 
