@@ -1,0 +1,141 @@
+"""The command as a user meets it: help, configuration, dry runs, machine-readable output."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowrank_cli import config, methods
+from lowrank_cli.errors import UsageError
+
+HEAVY = ("torch", "transformers", "datasets", "lm_eval", "peft", "matplotlib", "bitsandbytes", "numpy")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"], ["pretrain", "--method", "galore", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(argv):
+    script = (f"import sys; from lowrank_cli.main import main; code = main({argv!r}); "
+              f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr); sys.exit(code)")
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert child.stderr.strip() == "[]"
+    assert child.stdout
+
+
+def test_help_lists_methods_presets_and_only_the_chosen_methods_flags(lowrank):
+    _, out, _ = lowrank("pretrain", "--help")
+    assert "galore: AdamW on gradients" in " ".join(out.split())
+    assert "galore-llama-60m" in out
+    assert "--galore-rank" not in out
+    _, out, _ = lowrank("pretrain", "--method", "galore", "--help")
+    assert "--galore-rank" in out
+    _, out, _ = lowrank("pretrain", "--preset", "galore-llama-60m", "--help")
+    assert "--galore-rank" in out
+
+
+def test_no_command_shows_the_help(lowrank):
+    code, out, _ = lowrank()
+    assert code in (0, 2)
+    assert "pretrain" in out
+
+
+def test_module_and_script_are_the_same(process):
+    out, err = process("--version").communicate(timeout=60)
+    assert out.startswith("lowrank 0."), err
+
+
+def printed(lowrank, *argv) -> dict:
+    code, out, err = lowrank("pretrain", *argv, "--print-config")
+    assert code == 0, err
+    return yaml.safe_load(out)
+
+
+def test_flags_win_over_yaml_over_preset_over_method_over_defaults(lowrank):
+    assert printed(lowrank)["lr"] == 1e-3
+    assert printed(lowrank, "--method", "galore")["lr"] == 1e-2
+    Path("a.yaml").write_text("lr: 5e-4\nmax_train_tokens: 1.5M\ngalore:\n  rank: 7\n")
+    shown = printed(lowrank, "--preset", "galore-llama-60m", "--config", "a.yaml")
+    assert (shown["lr"], shown["galore"]["rank"], shown["warmup_steps"]) == (5e-4, 7, 1000)
+    assert shown["max_train_tokens"] == 1_500_000
+    shown = printed(lowrank, "--preset", "galore-llama-60m", "--config", "a.yaml", "--lr", "2", "--galore-rank", "9")
+    assert (shown["lr"], shown["galore"]["rank"]) == (2.0, 9)
+    assert not Path("runs").exists()
+
+
+def test_method_presets_follow_the_model(lowrank):
+    assert printed(lowrank, "--method", "galore")["galore"]["rank"] == 32
+    assert printed(lowrank, "--method", "galore", "--model", "llama-7b")["galore"] == {
+        "rank": 1024, "update_proj_gap": 500, "scale": 0.25, "proj_type": "std"}  # fmt: skip
+    assert printed(lowrank, "--method", "galore", "--model", "llama-60m")["galore"]["rank"] == 128
+
+
+def test_printed_configuration_is_read_back(lowrank):
+    code, out, _ = lowrank("pretrain", "--preset", "galore-llama-130m", "--print-config")
+    Path("a.yaml").write_text(out)
+    assert printed(lowrank, "--config", "a.yaml") == yaml.safe_load(out)
+    assert code == 0
+
+
+@pytest.mark.parametrize("name", sorted(config.preset_names()))
+def test_every_preset_resolves(name):
+    path = config.preset_path(name)
+    content = config.read_yaml(path)
+    resolved = config.resolve(content["command"], {}, {}, preset=name)
+    flat = resolved.flat()
+    for key, value in content.items():
+        if not isinstance(value, dict) and key != "eval_tokens":
+            assert flat[key] == value, key
+    assert flat["eval_tokens"] == 10_000_000
+
+
+@pytest.mark.parametrize("text", ["galore", "full"])
+def test_compose_of_one(text):
+    assert [m.name for m in methods.compose(text)] == [text]
+
+
+def test_compose_orders_and_refuses(monkeypatch):
+    with pytest.raises(UsageError, match="do not combine: one of them changes nothing"):
+        methods.compose("full+galore")
+
+
+@pytest.mark.parametrize("model", ["llama-9m", "llama-7b"])
+def test_dry_run_needs_no_weights_and_writes_nothing(lowrank, model):
+    code, out, err = lowrank("pretrain", "--method", "galore", "--model", model, "--vocab-size", 32000, "--dry-run", "--json")
+    assert code == 0, err
+    estimate = json.loads(out)
+    assert estimate["parameters"] == {"llama-9m": 8_993_920, "llama-7b": 6_738_415_616}[model]
+    assert estimate["weights_bytes"] == 4 * estimate["parameters"]
+    assert estimate["total_bytes"] == sum(v for k, v in estimate.items() if k not in ("parameters", "total_bytes"))
+    assert "rank" in err
+    assert not Path("runs").exists()
+
+
+def test_json_is_the_only_thing_on_stdout(lowrank, tiny_flags):
+    code, out, err = lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--json", "--out", "run")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["steps"] == 2
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["result"] == result
+    assert record["versions"]["torch"]
+    assert record["command_line"]
+
+
+def test_run_folder_holds_what_the_contract_says(lowrank, tiny_flags):
+    assert lowrank("pretrain", "--method", "galore", *tiny_flags, "--max-steps", 2)[0] == 0
+    run = Path("runs/latest")
+    assert run.is_symlink()
+    for name in ("run.json", "config.yaml", "targets.json", "metrics.jsonl", "log.txt", "model/model.safetensors",
+                 "checkpoints/step-000002/manifest.json", "plots/loss.png"):
+        assert (run / name).is_file(), name
+    assert "validation perplexity" in (run / "log.txt").read_text()
+
+
+def test_two_runs_in_the_same_second_do_not_collide(tmp_path, monkeypatch):
+    from lowrank_cli.run import RunDir
+
+    monkeypatch.chdir(tmp_path)
+    paths = {RunDir.create(None, "x").path for _ in range(3)}
+    assert len(paths) == 3

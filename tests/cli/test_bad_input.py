@@ -1,0 +1,153 @@
+"""Mistakes and misfortunes: one sentence, the right exit code, nothing written and nothing lost."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def assert_error(result, code: int, *parts: str) -> None:
+    """The exit code, and an error and a hint of one line each that contain the parts."""
+    found, out, err = result
+    assert found == code, err
+    lines = [line for line in err.splitlines() if line.startswith(("error:", "hint:"))]
+    assert [line.split(":")[0] for line in lines] in (["error"], ["error", "hint"])
+    for part in parts:
+        assert part in "\n".join(lines), err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(("argv", "parts"), [
+    (["--method", "galroe"], ["unknown method 'galroe'", "did you mean 'galore'?", "methods: full, galore"]),
+    (["--method", "galore+full"], ["galore and full do not combine"]),
+    (["--method", "galore+galore"], ["galore and galore do not combine"]),
+    (["--preset", "galore-llama-6m"], ["unknown preset 'galore-llama-6m'", "did you mean 'galore-llama-60m'?"]),
+    (["--galroe-rank", "3"], ["no option --galroe-rank"]),
+    (["--galore-rank", "3"], ["--galore-rank is an option of galore, which was not chosen", "add --method galore"]),
+    (["--method", "galore", "--galore-rnk", "3"], ["no option --galore-rnk", "did you mean --galore-rank?"]),
+    (["--method", "galore", "--galore-rank", "0"], ["--galore-rank is 0", "at least 1"]),
+    (["--method", "galore", "--galore-rank", "-4"], ["--galore-rank is -4", "at least 1"]),
+    (["--method", "galore", "--galore-rank", "many"], ["--galore-rank is 'many'", "a whole number"]),
+    (["--method", "galore", "--galore-scale", "0"], ["--galore-scale is 0.0", "larger than 0"]),
+    (["--lr", "nan"], ["--lr is nan", "larger than 0"]),
+    (["--lr", "inf"], ["--lr is inf"]),
+    (["--max-steps", "2.5"], ["--max-steps is '2.5'", "a whole number"]),
+    (["--max-train-tokens", "lots"], ["--max-train-tokens is 'lots'"]),
+    (["--scheduler", "step"], ["--scheduler is 'step'", "linear, cosine, cosine_restarts, constant"]),
+    (["--config", "missing.yaml"], ["no file missing.yaml"]),
+    (["--model", "llama-8m"], ["unknown model preset 'llama-8m'", "llama-9m"]),
+    (["--total-batch-size", "30"], ["30", "16", "32"]),
+    (["--max-steps", "3", "--epochs", "2"], ["the length is given twice"]),
+    (["--memory-budget", "big"], ["--memory-budget is 'big'", "24GB"]),
+    (["--device", "tpu"], ["--device is 'tpu'"]),
+    (["--log", "tensorbord", "--max-steps", "1"], ["unknown logger 'tensorbord'", "did you mean 'tensorboard'?"]),
+])  # fmt: skip
+def test_wrong_usage(argv, parts, lowrank, news):
+    given = {a for a in argv if a.startswith("--")}
+    small = [] if "--model" in given else ["--dataset", news, "--vocab-size", 512]
+    assert_error(lowrank("pretrain", *small, *argv), 2, *parts)
+    assert not list(Path("runs").glob("*/model"))
+
+
+def test_wrong_settings_are_found_before_a_run_folder_is_made(lowrank):
+    assert_error(lowrank("pretrain", "--lr", "-1"), 2, "--lr is -1.0")
+    assert_error(lowrank("pretrain", "--model", "llama-8m"), 2, "llama-8m")
+    assert_error(lowrank("pretrain", "--dataset", "nowhere.txt"), 4, "nowhere.txt")
+    assert_error(lowrank("pretrain", "--total-batch-size", "30"), 2, "30")
+    assert not Path("runs").exists()
+
+
+def test_config_file(lowrank):
+    Path("a.yaml").write_text("method: galore\ngalore:\n  rnk: 3\n")
+    assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "unknown setting of galore 'rnk' in a.yaml", "did you mean 'rank'?")
+    Path("a.yaml").write_text("learning_rate: 3\n")
+    assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "unknown setting 'learning_rate' in a.yaml")
+    Path("a.yaml").write_text("lr: [1, 2\n")
+    assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "a.yaml is not YAML", "line 2")
+    Path("a.yaml").write_text("- lr\n")
+    assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "a.yaml holds no settings")
+    Path("a.yaml").write_text("method: full\ngalore: {rank: 3}\n")
+    assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "settings of galore are given, but the method is full")
+
+
+def test_dataset_files(lowrank, tmp_path):
+    Path("empty.jsonl").touch()
+    assert_error(lowrank("pretrain", "--dataset", "empty.jsonl"), 2, "empty.jsonl")
+    lines = [json.dumps({"text": "some words " * 40})] * 6
+    Path("broken.jsonl").write_text("\n".join([*lines[:4], '{"text": "no end', *lines[4:]]) + "\n")
+    assert_error(lowrank("pretrain", "--dataset", "broken.jsonl"), 2, "broken.jsonl", "line 5")
+    assert_error(lowrank("pretrain", "--dataset", "missing.jsonl"), 4, "missing.jsonl")
+    assert not Path("runs").exists()
+
+
+def test_out_that_is_not_empty(lowrank):
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("ten years")
+    assert_error(lowrank("pretrain", "--out", "mine"), 2, "--out mine is not empty", "--resume mine")
+    assert [p.name for p in Path("mine").iterdir()] == ["thesis.txt"]
+    assert Path("mine/thesis.txt").read_text() == "ten years"
+
+
+def test_nothing_to_resume(lowrank):
+    assert_error(lowrank("pretrain", "--resume", "auto"), 4, "no run under ./runs yet")
+    assert_error(lowrank("pretrain", "--resume", "elsewhere"), 4, "no run at elsewhere")
+
+
+def test_rank_over_the_matrix_is_clamped_and_said(lowrank, tiny_flags):
+    code, _, err = lowrank("pretrain", "--method", "galore", "--galore-rank", 40, *tiny_flags, "--max-steps", 2, "--out", "r")
+    assert code == 0, err
+    assert "rank 40 is larger than some matrices: clamped to 32 there" in err
+    ranks = {row["rank"] for row in json.loads(Path("r/targets.json").read_text()) if row["role"] == "galore"}
+    assert ranks == {32}
+
+
+def test_memory_budget(lowrank):
+    result = lowrank("pretrain", "--method", "galore", "--model", "llama-7b", "--memory-budget", "8GB")
+    assert_error(result, 3, "over the budget of 8.0 GiB", "--dtype bfloat16")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
+def test_full_disk_leaves_the_last_checkpoint_whole(lowrank, tiny_flags, tmp_path):
+    # the files of a checkpoint grow past what the system lets this process write, as on a full disk
+    code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 4, "--save-every", 2, "--out", "run", "--keep", 9)
+    assert code == 0, err
+    size = max(p.stat().st_size for p in Path("run/checkpoints/step-000004").iterdir())
+    script = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); "
+              "from lowrank_cli.main import run; run()")
+    argv = ["pretrain", *tiny_flags, "--max-steps", "4", "--save-every", "2", "--out", "full"]
+    child = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=False, env=os.environ)
+    assert child.returncode == 1, child.stderr
+    assert "could not write the checkpoint of step 2" in child.stderr
+    assert "make room" in child.stderr
+    assert "Traceback" not in child.stderr
+    # nothing half-written is left behind
+    assert list(Path("full/checkpoints").iterdir()) == []
+    assert json.loads(Path("full/run.json").read_text())["status"] == "failed"
+
+    # a run that has a checkpoint keeps it
+    code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 400, "--save-every", 2, "--out", "later", "--resume", "auto")
+    assert signal.SIGXFSZ
+    assert code == 0, err
+
+
+def test_missing_logger_names_the_install_command(lowrank, tiny_flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert_error(lowrank("pretrain", *tiny_flags, "--max-steps", 1, "--log", "trackio"), 4, "pip install 'lowrank-cli[trackio]'")
+
+
+def test_tokenizer_of_another_vocabulary(lowrank, test_data, tiny_flags):
+    result = lowrank("pretrain", "--continue-from", test_data / "models" / "stories260K", "--dataset", tiny_flags[1],
+                     "--tokenizer", test_data / "tokenizers" / "t5-base", "--max-steps", 1)
+    assert_error(result, 2, "a vocabulary of 512", "one of 32100")
+
+
+def test_quiet_prints_only_errors(lowrank, tiny_flags):
+    assert lowrank("pretrain", *tiny_flags, "--max-steps", 1, "-q", "--out", "q") == (0, "", "")

@@ -1,0 +1,98 @@
+import gzip
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from lowrank_cli.config import DataConfig
+from lowrank_cli.data.documents import open_source
+from lowrank_cli.data.tokenizer import adds_bos, load_tokenizer
+from lowrank_cli.errors import MissingError, UsageError
+
+
+def load(name, **settings):
+    return load_tokenizer(DataConfig(tokenizer=str(name), **settings), None, offline=True)
+
+
+@pytest.fixture(scope="session")
+def c4(test_data):
+    with gzip.open(test_data / "c4" / "c4_en_1500.json.gz", "rt") as file:
+        return [json.loads(line)["text"] for line in file][:200]
+
+
+def test_trained_tokenizer_is_cached_and_deterministic(tmp_path, monkeypatch, write, documents):
+    config = DataConfig(
+        dataset=str(write("a.jsonl", [{"text": t + " é \U0001f600"} for t in documents])), vocab_size=300
+    )
+    told = []
+    first = load_tokenizer(config, open_source(config), offline=True, status=told.append)
+    assert told == [f"training a 300-entry tokenizer on {config.dataset} (train)"]
+    again = load_tokenizer(config, open_source(config), offline=True, status=told.append)
+    assert len(told) == 1
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "other"))
+    anew = load_tokenizer(config, open_source(config), offline=True)
+    assert first.get_vocab() == again.get_vocab() == anew.get_vocab()
+    assert len(first) == 300
+    assert (first.bos_token, first.eos_token, first.pad_token) == ("<s>", "</s>", "<pad>")
+    text = "any text: \t日本 \U0001f600\n\n  x"
+    assert first.decode(first(text, add_special_tokens=False)["input_ids"]) == text
+    assert not [p for p in (tmp_path / "other" / "tokenizers").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("name", "eos", "pad", "starts"), [
+    ("t5-base", "</s>", "<pad>", False), ("llama", "</s>", "</s>", True),
+    ("gpt2", "<|endoftext|>", "<|endoftext|>", False),
+    ("roberta-base", "</s>", "<pad>", True), ("../models/stories260K", "</s>", "</s>", True),
+])  # fmt: skip
+def test_real_tokenizers_have_eos_and_pad_and_survive_saving(name, eos, pad, starts, test_data, c4, tmp_path):
+    tokenizer = load(test_data / "tokenizers" / name)
+    assert (tokenizer.eos_token, tokenizer.pad_token, adds_bos(tokenizer)) == (eos, pad, starts)
+    size = len(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert (again.eos_token_id, again.pad_token_id, len(again)) == (
+        tokenizer.eos_token_id, tokenizer.pad_token_id, size)  # fmt: skip
+    assert again(c4[:20])["input_ids"] == tokenizer(c4[:20])["input_ids"]
+
+
+def test_known_ids(test_data):
+    assert load(test_data / "tokenizers" / "gpt2")("Hello world")["input_ids"] == [15496, 995]
+    assert load(test_data / "tokenizers" / "roberta-base")("Hello world")["input_ids"] == [0, 31414, 232, 2]
+
+
+@pytest.mark.parametrize(("folder", "file"), [("t5-base", "spiece.model"), ("llama", "tokenizer.model")])
+def test_sentencepiece_file_gives_the_ids_of_tokenizer_json(folder, file, test_data, c4, tmp_path):
+    origin = test_data / "tokenizers" / folder
+    shutil.copy(origin / file, tmp_path)
+    expected = load(origin / "tokenizer.json")(c4)["input_ids"]
+    assert load(origin / file)(c4)["input_ids"] == expected
+    assert load(tmp_path)(c4)["input_ids"] == expected
+
+
+def test_fallback_is_used_when_none_is_named(test_data):
+    folder = str(test_data / "models" / "stories260K")
+    assert len(load_tokenizer(DataConfig(), None, fallback=folder, offline=True)) == 512
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere.json", "a/b/c", "no/such-tokenizer"])
+def test_missing_tokenizer_is_exit_4(name):
+    with pytest.raises(MissingError) as caught:
+        load(name)
+    assert "--tokenizer takes" in caught.value.hint
+
+
+def test_folder_without_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(MissingError, match="has no tokenizer"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", b"{"), ("tokenizer.json", b'{"a": 1}'), ("a.model", b"\xff\xff"), ("b.model", b"")],
+)
+def test_files_that_are_no_tokenizers(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match="is not a "):
+        load(tmp_path / name)

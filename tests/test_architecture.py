@@ -1,0 +1,102 @@
+"""The rules of the house that a machine can check: who imports whom, what stays light, what the docs name."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from lowrank_cli import methods
+from lowrank_cli.config import key_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lowrank_cli"
+
+# each layer may import itself and the layers after it; the last one may be imported by everyone
+LAYERS = [{"commands", "main", "options", "__main__"}, {"train"}, {"evaluate", "data", "methods"},
+          {"models", "optim", "memory", "plots"}, {"ops"}, {"config", "errors", "run", "console"}]  # fmt: skip
+
+
+def files() -> list[Path]:
+    return [*PACKAGE.rglob("*.py"), *(ROOT / "commands").glob("*.py")]
+
+
+def layer_of(name: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if name in layer)
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of lowrank_cli that a file imports, at any depth of nesting."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "lowrank_cli":
+                found |= {alias.name for alias in node.names if alias.name != "__version__"}
+            elif node.module.startswith("lowrank_cli."):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("lowrank_cli.")}
+    return found
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_downwards(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    for other in imported_parts(path):
+        if (part, other) == ("config", "methods") or (part == "memory" and other == "methods"):
+            continue  # the registry and its interface, which import nothing of ours but errors
+        assert layer_of(other) >= layer_of(part), f"{path} imports lowrank_cli.{other}"
+
+
+def test_methods_do_not_import_torch():
+    script = ("import sys; from lowrank_cli import methods; [methods.get(n) for n in methods.names()]; "
+              "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_loop_and_the_commands_name_no_method():
+    for path in [*(PACKAGE / "train").glob("*.py"), *(ROOT / "commands").glob("*.py")]:
+        text = path.read_text(encoding="utf-8").lower()
+        # the help of a command may show one as an example
+        for name in methods.names():
+            if name != "full":
+                assert f'"{name}"' not in text, path
+                assert f"methods.{name}" not in text, path
+
+
+def test_packages_are_the_folders():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
+    assert listed == folders | {"lowrank_cli.commands", "lowrank_cli.kernels"}
+
+
+def test_kernels_hold_no_python():
+    assert not list((ROOT / "kernels").rglob("*.py"))
+
+
+def test_transformers_imports_from_the_root_of_the_checkout():
+    script = "import transformers, lowrank_cli.commands.pretrain; from transformers import LlamaForCausalLM"
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_small_enough_to_hold_in_the_head(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_docs_name_every_setting_of_a_method(name):
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    for f in fields(methods.get(name).Config):
+        assert f"`{key_of(f)}`" in page or f"`--{name}-{key_of(f).replace('_', '-')}`" in page, key_of(f)
