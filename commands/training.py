@@ -35,26 +35,33 @@ def run(command: str, given: dict[str, Any], method_given: dict[str, dict[str, A
                 print(json.dumps(estimate))
             return
     if folder is None:
+        RunDir.check(call.out)
+    else:
+        check_same(folder, resolved)
+    from lowrank_cli.train import loop
+    from lowrank_cli.train.finish import summary
+
+    # whatever is wrong shows here, before anything is written
+    session = loop.prepare(resolved)
+    if folder is None:
         folder = RunDir.create(call.out, name_of(resolved))
         (folder.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
     else:
-        check_same(folder, resolved)
         console.log_to(folder.path / "log.txt")
-    result = train(resolved, folder, start)
-    if call.json:
-        print(json.dumps(result))
+    result = train(session, resolved, folder, start)
+    line = summary(result)
+    print(json.dumps(result) if call.json else line)
 
 
-def train(resolved: RunConfig, folder: RunDir, start: Path | None) -> dict[str, Any]:
+def train(session: Any, resolved: RunConfig, folder: RunDir, start: Path | None) -> dict[str, Any]:
     """Call the loop; run.json says how it ended, whatever happens."""
     common = {"command": resolved.command, "method": resolved.method, "seed": resolved.common.seed}
     folder.start(**common, resumed_from=str(start) if start else None)
     console.note(f"run {folder.path}")
     try:
-        from lowrank_cli.train.finish import summary
         from lowrank_cli.train.loop import fit
 
-        result = fit(resolved, folder, resume=start)
+        result = fit(session, folder, resume=start)
     except Interrupted as stop:
         folder.finish("interrupted", error=stop.message, exit_code=INTERRUPTED)
         raise
@@ -71,7 +78,6 @@ def train(resolved: RunConfig, folder: RunDir, start: Path | None) -> dict[str, 
         folder.finish("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
         raise
     folder.finish("done", exit_code=0, result=result)
-    summary(result)
     return result
 
 

@@ -291,6 +291,12 @@ def resolve(
     if config_file is not None:
         layers.append((read_yaml(Path(config_file)), config_file))
     merged, method_merged = {}, {}
+    typed = given.get("method")
+    for layer, _ in layers:
+        # --preset NAME --method full is the recipe's baseline: the settings of the method that it replaces go
+        if typed is not None and layer.get("method", typed) != typed:
+            for name in set(str(layer["method"]).split("+")) - set(str(typed).split("+")):
+                layer.pop(name, None)
     for layer, where in [*layers, ({k: v for k, v in given.items() if v is not None}, "")]:
         for key, value in layer.items():
             if isinstance(value, dict):
@@ -324,11 +330,16 @@ def resolve(
             merged.setdefault(key, (value, f"default of {part.name}"))
         for key, value in part.presets.get(model, {}).items():
             method_merged.setdefault(part.name, {}).setdefault(key, (value, f"{part.name}'s default for {model}"))
-    unused = set(method_merged) - {p.name for p in parts}
+    unused = {name for name, values in method_merged.items() if values} - {p.name for p in parts}
     if unused:
         name = sorted(unused)[0]
         raise UsageError(f"settings of {name} are given, but the method is {method}", f"add --method {name}")
 
+    for key in ("model", "continue_from"):
+        # runs/latest will point elsewhere as soon as this run begins
+        value, where = merged.get(key, (None, ""))
+        if value is not None and Path(value).is_symlink():
+            merged[key] = (str(Path(value).parent / Path(value).readlink()), where)
     sections = {name: build(cls, merged) for name, cls in SECTIONS.items()}
     configs = {p.name: build(p.Config, method_merged.get(p.name, {}), kind=f"setting of {p.name}") for p in parts}
     return RunConfig(command=command, method="+".join(p.name for p in parts), methods=configs, **sections)

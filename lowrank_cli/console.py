@@ -13,6 +13,7 @@ QUIET, NORMAL, VERBOSE = 0, 1, 2
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 _level = NORMAL
 _log: Path | None = None
+_early: list[str] = []
 
 
 def set_level(level: int) -> None:
@@ -22,16 +23,21 @@ def set_level(level: int) -> None:
 
 
 def log_to(path: Path | None) -> None:
-    """From now on every line is appended to this file too."""
+    """From now on every line is appended to this file too, after those that were printed before there was one."""
     global _log
     _log = path
+    if path is not None:
+        while _early:
+            log_only(_early.pop(0))
 
 
 def log_only(text: str) -> None:
     """A line for log.txt alone."""
-    if _log is not None:
-        with _log.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+    if _log is None:
+        _early.append(text)
+        return
+    with _log.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 def _print(text: str, markup: str, level: int) -> None:
@@ -81,6 +87,8 @@ def quiet_libraries() -> None:
 
     # bitsandbytes, which transformers imports, advises to install a package that only 4-bit weights on a CPU would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # what the hub says while it retries; the error in the end is ours
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

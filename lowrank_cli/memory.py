@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from lowrank_cli import console
+from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import PreflightError
 from lowrank_cli.methods import Method
 
@@ -48,12 +47,17 @@ def show(items: dict[str, int]) -> int:
     return total
 
 
-def check_budget(total: int, budget: int, items: dict[str, Any]) -> None:
-    """Raises PreflightError if the estimate is over the budget, with what would help."""
+def check_budget(total: int, budget: int, config: RunConfig) -> None:
+    """Raises PreflightError if the estimate is over the budget, with what would help, the cheapest first."""
     if total <= budget:
         return
-    knobs = ["--dtype bfloat16", "--method galore with a smaller --galore-rank", "a smaller --model"]
+    knobs = []
+    if config.model.dtype != "bfloat16":
+        knobs.append("--dtype bfloat16")
+    if config.method == "full":
+        knobs.append("--method galore")
+    knobs += ["a smaller rank", "a smaller --model"] if config.method != "full" else ["a smaller --model"]
     raise PreflightError(
         f"the estimate of {console.human_bytes(total)} is over the budget of {console.human_bytes(budget)}",
-        f"in order of what they cost: {', '.join(knobs)}",
+        f"what would help, in order of what it costs: {', '.join(knobs)}",
     )

@@ -13,6 +13,7 @@ import typer
 from lowrank_cli import methods
 from lowrank_cli.config import SECTIONS, Invocation, base_type, coerce, key_of, preset_names, read_yaml
 from lowrank_cli.errors import LowrankError
+from lowrank_cli.run import RUNS
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -36,8 +37,9 @@ def peek_methods(argv: Sequence[str], command: str) -> list[type[methods.Method]
     if chosen is None:
         files = [peek(argv, "config"), *(preset_names().get(p) for p in [peek(argv, "preset")] if p)]
         resumed = peek(argv, "resume")
-        if resumed and resumed not in ("auto", "never"):
-            files += [Path(resumed) / "config.yaml", Path(resumed).parent.parent / "config.yaml"]
+        if resumed and resumed != "never":
+            folder = Path(resumed if resumed != "auto" else peek(argv, "out") or RUNS / "latest")
+            files += [f / "config.yaml" for f in (folder, folder.parent, folder.parent.parent)]
         for file in filter(None, files):
             try:
                 chosen = chosen or read_yaml(Path(file)).get("method")
@@ -76,8 +78,9 @@ def register(
         parameters += [
             of_field(part.Config, f, f"{part.title} (--method {part.name})", part.name) for f in fields(part.Config)
         ]
+    overrides = {key: value for part in chosen for key, value in part.defaults.items()}
     for cls in (*SECTIONS.values(), Invocation):
-        parameters += [of_field(cls, f, cls.__doc__) for f in fields(cls)]
+        parameters += [of_field(cls, f, cls.__doc__, overrides=overrides) for f in fields(cls)]
 
     def call(**values: Any) -> None:
         plain = {f: values.pop(f) for f in [key_of(f) for c in SECTIONS.values() for f in fields(c)]}
@@ -100,13 +103,14 @@ def register(
     app.command(command, help=help, epilog=epilog)(call)
 
 
-def of_field(cls, f, panel: str, prefix: str = "") -> inspect.Parameter:
-    """The flag of one configuration field."""
+def of_field(cls, f, panel: str, prefix: str = "", overrides: dict[str, Any] | None = None) -> inspect.Parameter:
+    """The flag of one configuration field; `overrides` are defaults that the chosen methods change."""
     name = f"{prefix}_{key_of(f)}" if prefix else key_of(f)
     kind = base_type(cls, f)
     choices = f.metadata["choices"]
     metavar = "|".join(map(str, choices)) if choices else ("COUNT" if f.metadata["count"] else METAVARS.get(kind))
-    default = None if f.default is None or f.default in (False, "") else str(f.default)
+    value = (overrides or {}).get(key_of(f), f.default)
+    default = None if value is None or value is False or value == "" else str(value)
     short = f.metadata["flag"].partition("/")[2]
     return parameter(
         name, name, kind, f.metadata["help"], default, panel, metavar, short, negatable=cls is not Invocation

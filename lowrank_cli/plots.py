@@ -1,9 +1,13 @@
-"""Pictures of a run, drawn from metrics.jsonl."""
+"""Pictures of a run, drawn from metrics.jsonl. `python -m lowrank_cli.plots RUN` draws them again."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+from lowrank_cli import console
 from lowrank_cli.run import RunDir
 
 PANELS = (
@@ -47,3 +51,30 @@ def draw(run: RunDir) -> None:
         if len(series) > 1:
             axes.legend()
         figure.savefig(run.plots / f"{name}.png", dpi=130)
+
+
+class Drawing:
+    """Draws in a process of its own: matplotlib costs tens of megabytes and seconds that are the training's."""
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Begin to draw what there is by now, unless a drawing is still under way."""
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, "-m", "lowrank_cli.plots", str(self.run.path)]
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def finish(self) -> None:
+        """Draw everything and wait for it; a picture that fails is a warning, never the end of a run."""
+        if self.process is not None:
+            self.process.communicate()
+        self.start()
+        _, complaint = self.process.communicate()
+        if self.process.returncode:
+            console.warn(f"no plots: {' '.join(complaint.split())[-200:]}")
+
+
+if __name__ == "__main__":
+    draw(RunDir(Path(sys.argv[1])))

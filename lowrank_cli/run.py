@@ -30,6 +30,16 @@ class RunDir:
         self.plots = path / "plots"
         self.metrics = path / "metrics.jsonl"
 
+    @staticmethod
+    def check(out: str | None) -> None:
+        """Raises UsageError if `out` is there and not empty: a run never overwrites anything."""
+        path = Path(out) if out else None
+        if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            resume = f", or continue the run there: --resume {out}" if (path / "run.json").is_file() else ""
+            raise UsageError(
+                f"--out {out} is not empty, and a run never overwrites anything", f"take another folder{resume}"
+            )
+
     @classmethod
     def create(cls, out: str | None, name: str) -> RunDir:
         """A new folder: `out`, or runs/DATE-NAME.
@@ -38,13 +48,9 @@ class RunDir:
             UsageError: `out` exists and is not empty.
             LowrankError: the folder cannot be made.
         """
+        cls.check(out)
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         path = Path(out) if out else RUNS / f"{stamp}-{name}"
-        if out and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(
-                f"--out {out} is not empty, and a run never overwrites another",
-                f"take another folder, or continue the run there: --resume {out}",
-            )
         suffix = 1
         while True:
             try:
@@ -98,18 +104,15 @@ class RunDir:
         write_json(self.path / "run.json", self.record() | changes)
 
     def start(self, **entries: Any) -> None:
-        """Write run.json with what is known before the first step."""
-        self.update(
-            status="running",
-            command_line=["lowrank", *sys.argv[1:]],
-            versions=versions(),
-            git_commit=git_commit(),
-            python=platform.python_version(),
-            machine=platform.platform(),
-            pid=os.getpid(),
-            started=now(),
-            **entries,
-        )
+        """Write run.json with what is known before the first step; a resumed run keeps its beginning."""
+        before = self.record()
+        this = {"started": now(), "command_line": ["lowrank", *sys.argv[1:]], "versions": versions(),
+                "git_commit": git_commit(), "python": platform.python_version(), "machine": platform.platform(),
+                "pid": os.getpid(), **entries}  # fmt: skip
+        if before:
+            self.update(status="running", resumes=[*before.get("resumes", []), this])
+        else:
+            self.update(status="running", **this)
 
     def finish(self, status: str, **entries: Any) -> None:
         """Write how it ended: done, failed or interrupted."""

@@ -87,8 +87,14 @@ def process(tmp_path):
     started = []
 
     def start(*argv: object, **env: str) -> subprocess.Popen:
-        child = subprocess.Popen([sys.executable, "-m", "lowrank_cli", *map(str, argv)], cwd=tmp_path, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env})
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lowrank_cli", *map(str, argv)],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **env},
+        )
         started.append(child)
         return child
 

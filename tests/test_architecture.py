@@ -3,11 +3,11 @@
 import ast
 import subprocess
 import sys
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from lowrank_cli import methods
 from lowrank_cli.config import key_of
@@ -59,8 +59,10 @@ def test_imports_go_downwards(path):
 
 
 def test_methods_do_not_import_torch():
-    script = ("import sys; from lowrank_cli import methods; [methods.get(n) for n in methods.names()]; "
-              "sys.exit('torch' in sys.modules)")
+    script = (
+        "import sys; from lowrank_cli import methods; [methods.get(n) for n in methods.names()]; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

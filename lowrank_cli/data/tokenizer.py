@@ -48,9 +48,14 @@ def load_tokenizer(
     """
     name = config.tokenizer or fallback
     if name is not None:
-        return _usable(_named(name, offline), name)
+        return named_tokenizer(name, offline=offline)
     folder = _trained(source, config.vocab_size, status)
     return _usable(PreTrainedTokenizerFast.from_pretrained(folder), "the trained tokenizer")
+
+
+def named_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a local folder or file or a hub id; raises as `load_tokenizer` does."""
+    return _usable(_named(name, offline), name)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:

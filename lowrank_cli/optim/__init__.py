@@ -28,9 +28,11 @@ def base_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
-    """The optimizer for these groups: torch's own fused AdamW where nothing is projected."""
+    """The optimizer for these groups: torch's own fused AdamW where nothing is projected or 16-bit."""
     betas = (config.beta1, config.beta2)
-    if not any("rank" in group for group in groups):
+    parameters = [p for group in groups for _, p in group["params"]]
+    # torch's keeps the moments in the weight's dtype, ours in float32 always: both sides of a comparison get the same
+    if not any("rank" in group for group in groups) and all(p.element_size() >= 4 for p in parameters):
         from torch.optim import AdamW
 
         return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)

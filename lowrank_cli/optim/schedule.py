@@ -1,4 +1,8 @@
-"""Learning-rate schedules as a factor of the peak; transformers' own formulas where it has them."""
+"""Learning-rate schedules as a factor of the peak.
+
+The formulas are transformers' (a test compares them), written out: importing its schedules costs two seconds and tens
+of megabytes in every run.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +25,6 @@ def build(
         min_lr_ratio: the floor, as a share of the peak.
         num_cycles: cosine_restarts only: cycles after the warm-up, each from the peak to the floor.
     """
-    if name == "constant":
-        return lambda step: min(1.0, step / max(1, warmup_steps))
-    if name == "cosine":
-        import torch
-        from transformers import get_cosine_with_min_lr_schedule_with_warmup
-
-        # transformers returns a scheduler of an optimizer; only its formula is wanted
-        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            unused, warmup_steps, total_steps, min_lr_rate=min_lr_ratio
-        )
-        return scheduler.lr_lambdas[0]
 
     def after_warmup(step: int) -> float:
         return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -42,12 +34,16 @@ def build(
             return step / warmup_steps
         return 1 - (1 - min_lr_ratio) * after_warmup(step)
 
-    def cosine_restarts(step: int) -> float:
-        # transformers' hard restarts have no floor, so this one is ours
+    def cosine(step: int, cycles: int = 1) -> float:
         if step < warmup_steps:
             return step / warmup_steps
         progress = after_warmup(step)
-        phase = 1.0 if progress >= 1 else (progress * num_cycles) % 1
+        phase = 1.0 if progress >= 1 else (progress * cycles) % 1
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * phase))
 
-    return {"linear": linear, "cosine_restarts": cosine_restarts}[name]
+    return {
+        "linear": linear,
+        "cosine": cosine,
+        "cosine_restarts": lambda step: cosine(step, num_cycles),
+        "constant": lambda step: min(1.0, step / max(1, warmup_steps)),
+    }[name]

@@ -3,7 +3,6 @@ first update, and the name of the tensor when numbers break."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError, UsageError
-from lowrank_cli.run import write_json
 
 # elements of a tensor that are compared before and after the first update
 SAMPLE = 1 << 16
@@ -32,15 +30,12 @@ def targets(model: nn.Module, groups: list[dict]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_targets(path: Path | None, model: nn.Module, groups: list[dict], method: str) -> list[dict[str, Any]]:
-    """Print the table of targets, one line for each shape and role, and write targets.json.
+def show_targets(rows: list[dict[str, Any]], method: str) -> None:
+    """Print the table of targets, one line for each shape and role.
 
     Raises:
         UsageError: the method touches no tensor of this model.
     """
-    rows = targets(model, groups)
-    if path is not None:
-        write_json(path, rows)
     kinds: dict[tuple, dict[str, int]] = {}
     for row in rows:
         # model.layers.0.self_attn.q_proj.weight is one of the q_proj
@@ -54,10 +49,8 @@ def write_targets(path: Path | None, model: nn.Module, groups: list[dict], metho
     console.table(
         "What is trained, and how", ["tensors", "count", "shape", "method", "rank", "note"], table, right=(1, 4)
     )
-    touched = [row for row in rows if row["role"] in method.split("+")]
-    if not touched:
+    if not any(row["role"] in method.split("+") for row in rows):
         raise UsageError(f"{method} finds no tensor to train in this model", "choose another --model or --method")
-    return rows
 
 
 class Snapshot:
@@ -72,6 +65,8 @@ class Snapshot:
         Raises:
             LowrankError: names the tensors that did not.
         """
+        rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+        rounded = []
         for (name, before), (_, p) in zip(self.before, named(optimizer), strict=True):
             if p.grad is None and not optimizer.state.get(p):
                 raise LowrankError(
@@ -84,12 +79,19 @@ class Snapshot:
                     f"the optimizer counts step {step} for {name} after one update",
                     "this is a bug: please report it with run.json",
                 )
-            moved = not torch.equal(before, sample(p))
-            if not moved and (p.grad is None or bool(p.grad.any())):
+            if not torch.equal(before, sample(p)) or (p.grad is not None and not bool(p.grad.any())):
+                continue
+            if not may_round_away(before, rates[name]):
                 raise LowrankError(
                     f"{name} has a gradient but did not change in the first update",
-                    "the learning rate may be too small for its dtype: raise --lr or take --dtype float32",
+                    "this is a bug: please report it with run.json and targets.json",
                 )
+            rounded.append(name)
+        if rounded:
+            console.note(
+                f"{len(rounded)} tensors did not change in the first update ({rounded[0]} is one): a step of this "
+                "learning rate rounds to nothing there; --dtype float32 would train them from the first step"
+            )
 
 
 def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
@@ -99,6 +101,11 @@ def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         for group in optimizer.param_groups
         for name, p in zip(group["param_names"], group["params"], strict=True)
     ]
+
+
+def may_round_away(values: Tensor, lr: float) -> bool:
+    """Whether a 16-bit tensor may round Adam's first step, which is at most about `lr` an element, to nothing."""
+    return values.dtype != torch.float32 and lr <= float(values.abs().min()) * torch.finfo(values.dtype).eps / 2
 
 
 def sample(p: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
 
 
 def save(
@@ -69,6 +70,7 @@ def save(
                 "tokens": progress.tokens,
                 "seconds": progress.seconds,
                 "data": progress.data,
+                "evaluation": progress.evaluation,
                 "python_rng": rng["python"],
                 "optimizer_numbers": numbers,
             },
@@ -197,7 +199,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[Progres
         ) from None
     load_optimizer(optimizer, load_file(path / "optimizer.safetensors"), entries["optimizer_numbers"])
     restore_rng(load_file(path / "rng.safetensors"), entries["python_rng"])
-    progress = Progress(entries["step"], entries["tokens"], entries["seconds"], entries["data"])
+    progress = Progress(entries["step"], entries["tokens"], entries["seconds"], entries["data"], entries["evaluation"])
     return progress, load_file(path / "method.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""--dry-run: the tensors that would be trained and the memory that they would take, without weights or data."""
+"""--dry-run: the tensors that would be trained and the memory that they would take, without weights or documents."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from typing import Any
 
 from lowrank_cli import console, memory, methods, optim
 from lowrank_cli.config import RunConfig
+from lowrank_cli.data.tokenizer import named_tokenizer
+from lowrank_cli.errors import MissingError
 from lowrank_cli.models import load as models
 from lowrank_cli.train import audit
+
+# of t5-base, the tokenizer of the papers' pretraining runs
+PAPERS_VOCABULARY = 32_100
 
 
 def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
@@ -24,10 +29,9 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
     device = models.device_of(config.common.device)
     dtype = models.dtype_of(config.model.dtype, device)
     if config.model.continue_from is None:
-        # the tokenizer may not exist yet: the vocabulary is the one that would be trained, unless one is named
         architecture = models.build_config(
             config.model,
-            vocab_size=config.data.vocab_size,
+            vocab_size=vocabulary(config),
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -42,15 +46,26 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
     groups = optim.base_groups(model, config.optim)
     for part in parts:
         groups = part.param_groups(model, groups)
-    audit.write_targets(None, model, groups, config.method)
+    audit.show_targets(audit.targets(model, groups), config.method)
     items = memory.estimate(model, groups, parts, dtype.itemsize)
     total = memory.show(items)
     parameters = sum(p.numel() for p in model.parameters())
     console.note(f"{console.human_count(parameters)} parameters, {str(dtype).removeprefix('torch.')}")
     if budget is not None:
-        memory.check_budget(total, budget, items)
+        memory.check_budget(total, budget, config)
     return {
         "parameters": parameters,
         "total_bytes": total,
         **{f"{k.replace(' ', '_')}_bytes": v for k, v in items.items()},
     }
+
+
+def vocabulary(config: RunConfig) -> int:
+    """Entries of the tokenizer that the run would have."""
+    if config.data.tokenizer is None:
+        return config.data.vocab_size
+    try:
+        return len(named_tokenizer(config.data.tokenizer, offline=True))
+    except MissingError:
+        console.note(f"{config.data.tokenizer} is not at hand: the estimate takes {PAPERS_VOCABULARY:,} entries")
+        return PAPERS_VOCABULARY

@@ -27,15 +27,17 @@ def finish(session: Session) -> dict[str, Any]:
     checkpoint.commit(temporary, run.model)
     progress = session.progress
     return {
-        "run": str(run.path), "model": str(run.model), "steps": progress.step, "tokens": progress.tokens,
-        "validation_loss": session.evaluation.get("loss"),
-        "validation_perplexity": session.evaluation.get("perplexity"),
-        "validation_tokens": session.evaluation.get("tokens"),
+        "method": session.config.method,
+        "run": str(run.path),
+        "model": str(run.model),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        **{f"validation_{key}": value for key, value in progress.evaluation.items()},
         "train_seconds": round(progress.seconds, 1),
         "peak_memory_bytes": peak_memory(session.device),
         "optimizer_state_bytes": optimizer_bytes(session.optimizer),
         "sample": sample(session),
-    }  # fmt: skip
+    }
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -75,23 +77,25 @@ def sample(session: Session, length: int = 48) -> str:
     return session.data.tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def summary(result: dict[str, Any]) -> None:
-    """The last lines on the screen."""
-    console.note("")
-    console.note(f"wrote (after its first words):\n{result['sample']}\n")
-    ppl, tokens = result["validation_perplexity"], result["validation_tokens"]
-    console.table("Done", ["", ""], [
-        ["validation perplexity", f"{ppl:.2f} over {tokens:,} tokens" if ppl else "not evaluated"],
-        ["trained", f"{result['steps']} steps, {console.human_count(result['tokens'])} tokens, "
-                    f"{result['train_seconds']:.0f} s"],
+def summary(result: dict[str, Any]) -> str:
+    """The last lines on the screen; returns the one for stdout."""
+    console.note(f"\nwrote (after its first words):\n{result['sample']}\n")
+    loss, ppl, tokens = (result[f"validation_{key}"] for key in ("loss", "perplexity", "tokens"))
+    trained = f"{result['steps']} steps, {console.human_count(result['tokens'])} tokens"
+    rows = [
+        ["validation perplexity", f"{ppl:.2f} (loss {loss:.4f} over {tokens:,} tokens)"],
+        ["trained", f"{trained}, {result['train_seconds']:.0f} s"],
         ["peak memory", console.human_bytes(result["peak_memory_bytes"])],
         ["optimizer state", console.human_bytes(result["optimizer_state_bytes"])],
         ["run", result["run"]],
+        ["pictures", f"{result['run']}/plots"],
         ["model", result["model"]],
-    ])  # fmt: skip
+    ]
+    console.table("Done", ["", ""], rows)
     console.note("next:")
-    console.note(f"  lowrank pretrain --continue-from {result['model']} --method galore --max-steps 400")
+    console.note(f"  lowrank pretrain --method {result['method']} --continue-from {result['model']}")
     console.note(
         f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', "
-        f"'{result['model']}')('def main(')[0]['generated_text'])\""
+        f"'{result['model']}')('import')[0]['generated_text'])\""
     )
+    return f"validation perplexity {ppl:.2f} after {trained}: {result['model']}"

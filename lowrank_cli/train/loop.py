@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import signal
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from lowrank_cli.evaluate.perplexity import perplexity
 from lowrank_cli.models import load as models
 from lowrank_cli.models.forward import causal_lm_loss
 from lowrank_cli.optim import schedule
-from lowrank_cli.run import RunDir
+from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
-from lowrank_cli.train.metrics import Reporter
+from lowrank_cli.train.metrics import Reporter, check_sinks
 
 
 @dataclass
@@ -33,16 +33,16 @@ class Session:
     """A run's parts, built once by `prepare`."""
 
     config: RunConfig
-    run: RunDir
     data: Any
     model: nn.Module
     parts: list[methods.Method]
     optimizer: torch.optim.Optimizer
     plan: plan.Plan
     device: torch.device
+    targets: list[dict[str, Any]]
+    run: RunDir | None = None
     progress: checkpoint.Progress = field(default_factory=checkpoint.Progress)
     rng: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
 
     def mark(self) -> None:
         """Remember where data and random generators stand: what a checkpoint of this moment holds."""
@@ -71,8 +71,11 @@ class Session:
         self.data.train.load_state_dict(self.progress.data)
 
 
-def prepare(config: RunConfig, run: RunDir) -> Session:
-    """Data, model, methods and optimizer of a run, with the table of what is trained how."""
+def prepare(config: RunConfig) -> Session:
+    """Data, model, methods and optimizer of a run, with the table of what is trained how.
+
+    Whatever is wrong with the configuration, the data or the model is found here, before a run folder is made.
+    """
     console.quiet_libraries()
     torch.manual_seed(config.common.seed)
     random.seed(config.common.seed)
@@ -115,21 +118,30 @@ def prepare(config: RunConfig, run: RunDir) -> Session:
     groups = optim.base_groups(model, config.optim)
     for part in parts:
         groups = part.param_groups(model, groups)
-    audit.write_targets(run.path / "targets.json", model, groups, config.method)
+    targets = audit.targets(model, groups)
+    audit.show_targets(targets, config.method)
     optimizer = optim.build(config.optim, groups)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     model.train()
+    check_sinks(config.train.log)
     return Session(
-        config, run, batches, model, parts, optimizer, plan.make(config, batches.train.updates_per_epoch), device
+        config=config,
+        data=batches,
+        model=model,
+        parts=parts,
+        optimizer=optimizer,
+        plan=plan.make(config, batches.train.updates_per_epoch),
+        device=device,
+        targets=targets,
     )
 
 
-def fit(config: RunConfig, run: RunDir, *, resume: Path | None = None) -> dict[str, Any]:
+def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[str, Any]:
     """Train a model; the run folder then holds it, its metrics and its checkpoints.
 
     Args:
-        config: the resolved configuration.
+        session: what `prepare` made of the configuration.
         run: the run folder.
         resume: a checkpoint to go on from, bit for bit.
     Returns:
@@ -138,7 +150,16 @@ def fit(config: RunConfig, run: RunDir, *, resume: Path | None = None) -> dict[s
         LowrankError: the loss is not finite, nothing would train, or a file could not be written.
         Interrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    session = prepare(config, run)
+    config, session.run = session.config, run
+    write_json(run.path / "targets.json", session.targets)
+    run.update(
+        parameters=sum(p.numel() for p in session.model.parameters()),
+        trainable_parameters=sum(p.numel() for g in session.optimizer.param_groups for p in g["params"]),
+        device=str(session.device),
+        dtype=str(session.model.dtype).removeprefix("torch."),
+        data=session.data.description,
+        plan=asdict(session.plan),
+    )
     if resume is not None:
         session.load(resume)
         console.note(f"resumed from {resume}, at step {session.progress.step} of {session.plan.steps}")
@@ -150,6 +171,7 @@ def fit(config: RunConfig, run: RunDir, *, resume: Path | None = None) -> dict[s
         min_lr_ratio=config.optim.min_lr_ratio,
         num_cycles=config.optim.num_cycles,
     )
+    drawing = plots.Drawing(run)
     session.mark()
     with Reporter(run, config, total=steps.steps, progress=progress, device=session.device) as report, Stop() as stop:
         if progress.step == 0:
@@ -179,7 +201,9 @@ def fit(config: RunConfig, run: RunDir, *, resume: Path | None = None) -> dict[s
                     evaluate(session, report)
                 if saving:
                     session.save()
-                    plots.draw(run)
+                if saving and step < steps.steps:
+                    drawing.start()
+        drawing.finish()
         return finish.finish(session)
 
 
@@ -216,8 +240,8 @@ def gradient_norm(session: Session, wanted: bool) -> float | None:
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    value = float(norm) if wanted else None
-    if value is not None and not math.isfinite(value):
+    value = float(norm)
+    if not math.isfinite(value):
         raise not_finite(session, f"the gradient's norm is {value}")
     return value
 
@@ -270,5 +294,5 @@ class Stop:
 def evaluate(session: Session, report: Reporter) -> None:
     """Validation perplexity, reported and remembered."""
     result = perplexity(session.model, session.data.validation())
-    session.evaluation = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
+    session.progress.evaluation = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
     report.evaluation(result.loss, result.perplexity, result.tokens)

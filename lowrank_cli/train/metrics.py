@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,7 @@ class Metrics:
 
     def __init__(self, path: Path, *, log: str, name: str, config: dict[str, Any], resume_step: int = 0):
         self.path = path
-        names = [s.strip() for s in log.split(",") if s.strip()]
-        for sink in names:
-            if sink not in SINKS:
-                raise unknown("logger", sink, SINKS, "--log")
+        names = check_sinks(log)
         if path.exists():
             lines = [
                 line
@@ -64,6 +62,21 @@ class Metrics:
         self.file.close()
         for sink in self.sinks:
             sink.close()
+
+
+def check_sinks(log: str) -> list[str]:
+    """The loggers of a comma-separated list; raises if one is unknown or its library is not installed."""
+    names = [s.strip() for s in log.split(",") if s.strip()]
+    for sink in names:
+        if sink not in SINKS:
+            raise unknown("logger", sink, SINKS, "--log")
+        try:
+            import_module("torch.utils.tensorboard" if sink == "tensorboard" else sink)
+        except ImportError:
+            raise MissingError(
+                f"--log {sink} needs a library that is not installed", f"pip install {sink}, or 'lowrank-cli[{sink}]'"
+            ) from None
+    return names
 
 
 class TensorBoard:
@@ -98,17 +111,8 @@ class Tracker:
 
 
 def open_sink(sink: str, folder: Path, name: str, config: dict[str, Any]):
-    """A logger by name; raises MissingError with the install command if its library is not there."""
-    try:
-        if sink == "tensorboard":
-            return TensorBoard(folder)
-        from importlib import import_module
-
-        return Tracker(import_module(sink), folder, name, config)
-    except ImportError:
-        raise MissingError(
-            f"--log {sink} needs a library that is not installed", f"pip install 'lowrank-cli[{sink}]'"
-        ) from None
+    """A logger by name, which `check_sinks` has seen."""
+    return TensorBoard(folder) if sink == "tensorboard" else Tracker(import_module(sink), folder, name, config)
 
 
 class Reporter:

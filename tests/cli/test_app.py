@@ -14,10 +14,14 @@ from lowrank_cli.errors import UsageError
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "peft", "matplotlib", "bitsandbytes", "numpy")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"], ["pretrain", "--method", "galore", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["pretrain", "--help"], ["pretrain", "--method", "galore", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(argv):
-    script = (f"import sys; from lowrank_cli.main import main; code = main({argv!r}); "
-              f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr); sys.exit(code)")
+    script = (
+        f"import sys; from lowrank_cli.main import main; code = main({argv!r}); "
+        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     assert child.stderr.strip() == "[]"
@@ -102,10 +106,14 @@ def test_compose_orders_and_refuses(monkeypatch):
 
 @pytest.mark.parametrize("model", ["llama-9m", "llama-7b"])
 def test_dry_run_needs_no_weights_and_writes_nothing(lowrank, model):
-    code, out, err = lowrank("pretrain", "--method", "galore", "--model", model, "--vocab-size", 32000, "--dry-run", "--json")
+    code, out, err = lowrank(
+        "pretrain", "--method", "galore", "--model", model, "--vocab-size", 32000, "--dry-run", "--json"
+    )
     assert code == 0, err
     estimate = json.loads(out)
-    assert estimate["parameters"] == {"llama-9m": 8_993_920, "llama-7b": 6_738_415_616}[model]
+    assert (
+        estimate["parameters"] == {"llama-9m": 8_993_920, "llama-7b": 6_738_415_616}[model]
+    )  # of the papers' configs
     assert estimate["weights_bytes"] == 4 * estimate["parameters"]
     assert estimate["total_bytes"] == sum(v for k, v in estimate.items() if k not in ("parameters", "total_bytes"))
     assert "rank" in err
@@ -127,8 +135,16 @@ def test_run_folder_holds_what_the_contract_says(lowrank, tiny_flags):
     assert lowrank("pretrain", "--method", "galore", *tiny_flags, "--max-steps", 2)[0] == 0
     run = Path("runs/latest")
     assert run.is_symlink()
-    for name in ("run.json", "config.yaml", "targets.json", "metrics.jsonl", "log.txt", "model/model.safetensors",
-                 "checkpoints/step-000002/manifest.json", "plots/loss.png"):
+    for name in (
+        "run.json",
+        "config.yaml",
+        "targets.json",
+        "metrics.jsonl",
+        "log.txt",
+        "model/model.safetensors",
+        "checkpoints/step-000002/manifest.json",
+        "plots/loss.png",
+    ):
         assert (run / name).is_file(), name
     assert "validation perplexity" in (run / "log.txt").read_text()
 
@@ -139,3 +155,26 @@ def test_two_runs_in_the_same_second_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = {RunDir.create(None, "x").path for _ in range(3)}
     assert len(paths) == 3
+
+
+def test_a_recipe_takes_another_method(lowrank):
+    shown = printed(lowrank, "--preset", "galore-llama-60m", "--method", "full")
+    assert shown["method"] == "full"
+    assert "galore" not in shown
+    assert shown["warmup_steps"] == 1000
+
+
+def test_latest_is_resolved_before_a_new_run_takes_the_name(lowrank, tiny_flags):
+    assert lowrank("pretrain", *tiny_flags, "--max-steps", 2)[0] == 0
+    first = Path("runs/latest").resolve()
+    flags = [f for f in tiny_flags if f not in ("--model-config", tiny_flags[3])]
+    code, _, err = lowrank("pretrain", *flags, "--continue-from", "runs/latest", "--max-steps", 1)
+    assert code == 0, err
+    assert Path("runs/latest").resolve() != first
+    assert yaml.safe_load(Path("runs/latest/config.yaml").read_text())["continue_from"] == f"runs/{first.name}"
+
+
+def test_dry_run_counts_the_named_tokenizers_vocabulary(lowrank, test_data):
+    code, out, err = lowrank("pretrain", "--tokenizer", test_data / "tokenizers" / "t5-base", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["parameters"] == 8_993_920 + 2 * 100 * 128

@@ -65,7 +65,12 @@ def test_wrong_settings_are_found_before_a_run_folder_is_made(lowrank):
 
 def test_config_file(lowrank):
     Path("a.yaml").write_text("method: galore\ngalore:\n  rnk: 3\n")
-    assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "unknown setting of galore 'rnk' in a.yaml", "did you mean 'rank'?")
+    assert_error(
+        lowrank("pretrain", "--config", "a.yaml"),
+        2,
+        "unknown setting of galore 'rnk' in a.yaml",
+        "did you mean 'rank'?",
+    )
     Path("a.yaml").write_text("learning_rate: 3\n")
     assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "unknown setting 'learning_rate' in a.yaml")
     Path("a.yaml").write_text("lr: [1, 2\n")
@@ -100,7 +105,9 @@ def test_nothing_to_resume(lowrank):
 
 
 def test_rank_over_the_matrix_is_clamped_and_said(lowrank, tiny_flags):
-    code, _, err = lowrank("pretrain", "--method", "galore", "--galore-rank", 40, *tiny_flags, "--max-steps", 2, "--out", "r")
+    code, _, err = lowrank(
+        "pretrain", "--method", "galore", "--galore-rank", 40, *tiny_flags, "--max-steps", 2, "--out", "r"
+    )
     assert code == 0, err
     assert "rank 40 is larger than some matrices: clamped to 32 there" in err
     ranks = {row["rank"] for row in json.loads(Path("r/targets.json").read_text()) if row["role"] == "galore"}
@@ -119,11 +126,15 @@ def test_full_disk_leaves_the_last_checkpoint_whole(lowrank, tiny_flags, tmp_pat
     code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 4, "--save-every", 2, "--out", "run", "--keep", 9)
     assert code == 0, err
     size = max(p.stat().st_size for p in Path("run/checkpoints/step-000004").iterdir())
-    script = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); "
-              "from lowrank_cli.main import run; run()")
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); "
+        "from lowrank_cli.main import run; run()"
+    )
     argv = ["pretrain", *tiny_flags, "--max-steps", "4", "--save-every", "2", "--out", "full"]
-    child = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=False, env=os.environ)
+    child = subprocess.run(
+        [sys.executable, "-c", script, *argv], capture_output=True, text=True, check=False, env=os.environ
+    )
     assert child.returncode == 1, child.stderr
     assert "could not write the checkpoint of step 2" in child.stderr
     assert "make room" in child.stderr
@@ -133,19 +144,32 @@ def test_full_disk_leaves_the_last_checkpoint_whole(lowrank, tiny_flags, tmp_pat
     assert json.loads(Path("full/run.json").read_text())["status"] == "failed"
 
     # a run that has a checkpoint keeps it
-    code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 400, "--save-every", 2, "--out", "later", "--resume", "auto")
+    code, _, err = lowrank(
+        "pretrain", *tiny_flags, "--max-steps", 400, "--save-every", 2, "--out", "later", "--resume", "auto"
+    )
     assert signal.SIGXFSZ
     assert code == 0, err
 
 
 def test_missing_logger_names_the_install_command(lowrank, tiny_flags, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    assert_error(lowrank("pretrain", *tiny_flags, "--max-steps", 1, "--log", "trackio"), 4, "pip install 'lowrank-cli[trackio]'")
+    assert_error(
+        lowrank("pretrain", *tiny_flags, "--max-steps", 1, "--log", "trackio"), 4, "pip install 'lowrank-cli[trackio]'"
+    )
 
 
 def test_tokenizer_of_another_vocabulary(lowrank, test_data, tiny_flags):
-    result = lowrank("pretrain", "--continue-from", test_data / "models" / "stories260K", "--dataset", tiny_flags[1],
-                     "--tokenizer", test_data / "tokenizers" / "t5-base", "--max-steps", 1)
+    result = lowrank(
+        "pretrain",
+        "--continue-from",
+        test_data / "models" / "stories260K",
+        "--dataset",
+        tiny_flags[1],
+        "--tokenizer",
+        test_data / "tokenizers" / "t5-base",
+        "--max-steps",
+        1,
+    )
     assert_error(result, 2, "a vocabulary of 512", "one of 32100")
 
 

@@ -49,8 +49,19 @@ def test_activation_checkpointing_changes_nothing(lowrank, tiny_flags):
 
 def test_perplexity_is_the_mean_over_tokens(lowrank, tiny_flags, news):
     # documents of different lengths, padded: an average of batch averages is another number
-    code, out, err = lowrank("pretrain", *tiny_flags, "--packing", "padded", "--max-steps", 3, "--out", "run", "--json",
-                             "--eval-tokens", 700)
+    code, out, err = lowrank(
+        "pretrain",
+        *tiny_flags,
+        "--packing",
+        "padded",
+        "--max-steps",
+        3,
+        "--out",
+        "run",
+        "--json",
+        "--eval-tokens",
+        700,
+    )
     assert code == 0, err
     result = json.loads(out)
     model = AutoModelForCausalLM.from_pretrained("run/model").double().eval()
@@ -80,14 +91,39 @@ def test_length_in_tokens_and_epochs_is_exact(lowrank, tiny_flags):
 
 
 def test_bfloat16_weights_with_float32_moments(lowrank, tiny_flags):
-    code, _, err = lowrank("pretrain", "--method", "galore", *tiny_flags, "--dtype", "bfloat16", "--max-steps", 8,
-                           "--out", "run")
+    code, _, err = lowrank(
+        "pretrain", "--method", "galore", *tiny_flags, "--dtype", "bfloat16", "--max-steps", 8, "--out", "run"
+    )
     assert code == 0, err
     state = load_file("run/checkpoints/step-000008/optimizer.safetensors")
     assert {t.dtype for k, t in state.items() if k.endswith("exp_avg")} == {torch.float32}
     assert {t.dtype for t in weights("run").values()} == {torch.bfloat16}
     losses = [m["loss"] for m in metrics("run") if "loss" in m]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["full", "galore"])
+def test_bfloat16_at_a_rate_that_rounds_away_trains_on_and_says_so(method, lowrank, tiny_flags):
+    code, _, err = lowrank(
+        "pretrain",
+        "--method",
+        method,
+        *tiny_flags,
+        "--dtype",
+        "bfloat16",
+        "--max-steps",
+        4,
+        "--warmup-steps",
+        4,
+        "--lr",
+        4e-4,
+        "--out",
+        "run",
+    )
+    assert code == 0, err
+    assert "tensors did not change in the first update" in err
+    state = load_file("run/checkpoints/step-000004/optimizer.safetensors")
+    assert {t.dtype for k, t in state.items() if "exp_avg" in k} == {torch.float32}
 
 
 def test_clipping_bounds_the_gradient_that_is_used(lowrank, tiny_flags, monkeypatch):
@@ -213,6 +249,20 @@ class TestSchedule:
         assert factor(10) == pytest.approx(1.0)
         assert factor(100) == pytest.approx(0.1)
         assert all(0 < factor(s) <= 1 for s in range(1, 101))
+
+    @pytest.mark.parametrize("warmup", [0, 7])
+    def test_formulas_are_those_of_transformers(self, warmup):
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_linear_schedule_with_warmup
+
+        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        theirs = {
+            "linear": get_linear_schedule_with_warmup(unused, warmup, 50).lr_lambdas[0],
+            "cosine": get_cosine_with_min_lr_schedule_with_warmup(unused, warmup, 50, min_lr_rate=0.1).lr_lambdas[0],
+        }
+        for name, floor in (("linear", 0.0), ("cosine", 0.1)):
+            ours = schedule.build(name, warmup_steps=warmup, total_steps=50, min_lr_ratio=floor, num_cycles=1)
+            for step in range(1, 51):
+                assert ours(step) == pytest.approx(theirs[name](step), rel=1e-12, abs=1e-15)
 
     def test_cosine_is_the_papers(self):
         factor = schedule.build("cosine", warmup_steps=10, total_steps=110, min_lr_ratio=0.1, num_cycles=1)

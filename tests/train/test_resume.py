@@ -40,8 +40,21 @@ def assert_same_model(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("data", ["packed", "streaming"])
 @pytest.mark.parametrize("method", ["full", "galore"])
 def test_killed_and_resumed_equals_uninterrupted(method, data, accumulation, lowrank, process, tiny_flags, tmp_path):
-    flags = ["pretrain", "--method", method, *tiny_flags, "--max-steps", STEPS, "--save-every", 7, "--eval-every", 20,
-             "--total-batch-size", 4 * accumulation, *(["--streaming"] if data == "streaming" else [])]
+    flags = [
+        "pretrain",
+        "--method",
+        method,
+        *tiny_flags,
+        "--max-steps",
+        STEPS,
+        "--save-every",
+        7,
+        "--eval-every",
+        20,
+        "--total-batch-size",
+        4 * accumulation,
+        *(["--streaming"] if data == "streaming" else []),
+    ]
     if method == "galore":
         flags += ["--galore-rank", 8, "--galore-update-proj-gap", 10]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -59,8 +72,10 @@ def test_killed_and_resumed_equals_uninterrupted(method, data, accumulation, low
 
     assert_same_model(whole, killed)
     # a resumed run's metrics are those of one run: every step once, with the same losses
-    losses = [{line["step"]: line["loss"] for line in map(json.loads, whole_lines(run / "metrics.jsonl")) if "loss" in line}
-              for run in (whole, killed)]
+    losses = [
+        {line["step"]: line["loss"] for line in map(json.loads, whole_lines(run / "metrics.jsonl")) if "loss" in line}
+        for run in (whole, killed)
+    ]
     assert losses[0] == losses[1]
     assert list(losses[1]) == list(range(1, STEPS + 1))
     assert json.loads((killed / "run.json").read_text())["status"] == "done"
@@ -68,7 +83,18 @@ def test_killed_and_resumed_equals_uninterrupted(method, data, accumulation, low
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_exits_130_and_resumes_exactly(number, lowrank, process, tiny_flags, tmp_path):
-    flags = ["pretrain", "--method", "galore", *tiny_flags, "--packing", "padded", "--max-steps", STEPS, "--save-every", 50]
+    flags = [
+        "pretrain",
+        "--method",
+        "galore",
+        *tiny_flags,
+        "--packing",
+        "padded",
+        "--max-steps",
+        STEPS,
+        "--save-every",
+        50,
+    ]
     assert lowrank(*flags, "--out", tmp_path / "whole")[0] == 0
     child = process(*flags, "--out", tmp_path / "stopped")
     wait_for_step(tmp_path / "stopped", 10, child)
@@ -97,10 +123,15 @@ def test_second_interrupt_stops_at_once_and_leaves_the_checkpoint_whole(process,
 
 
 def test_resumed_run_continues_the_newest_without_a_path(lowrank, tiny_flags):
-    code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 6)
+    code, before, err = lowrank("pretrain", "--method", "galore", *tiny_flags, "--max-steps", 6)
     assert code == 0, err
-    code, _, err = lowrank("pretrain", "--resume", "auto")
+    code, after, err = lowrank("pretrain", "--resume", "auto")
     assert code == 0, err
+    # nothing is left to train, and what it came to is still known
+    assert after.split(":")[0] == before.split(":")[0]
+    record = json.loads(Path("runs/latest/run.json").read_text())
+    assert record["result"]["validation_perplexity"] > 1
+    assert len(record["resumes"]) == 1
     assert "resumed from" in err
     assert "at step 6 of 6" in err
 
