@@ -12,7 +12,7 @@ from lowrank_cli.errors import INTERRUPTED, Interrupted, LowrankError, MissingEr
 from lowrank_cli.run import RunDir
 
 # settings that change neither the weights nor their order of updates, so that a resumed run may have others
-FREE = {"log_every", "save_every", "keep", "log", "eval_every", "eval_tokens", "offline", "device"}
+FREE = {"plots", "log_every", "save_every", "keep", "log", "eval_every", "eval_tokens", "offline", "device"}
 
 
 def run(command: str, given: dict[str, Any], method_given: dict[str, dict[str, Any]], call: Invocation) -> None:

@@ -124,6 +124,7 @@ class TrainConfig:
     log_every: int = option(10, "updates between metric lines", min=1)
     save_every: int | None = option(None, "updates between checkpoints; a quarter of the run unless given", min=1)
     keep: int = option(2, "newest checkpoints to keep", min=1)
+    plots: bool = option(True, "draw plots/*.png with every checkpoint and at the end")
     log: str = option("", "also log to: tensorboard, wandb, trackio; comma-separated")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from difflib import get_close_matches
 from importlib import import_module
 
 import typer
 
 from lowrank_cli import __version__, console, methods
 from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE, LowrankError
+from lowrank_cli.options import peek_methods
 
 COMMANDS = ("pretrain",)
 
@@ -98,9 +100,10 @@ def usage_message(error, argv: list[str]) -> tuple[str, str]:
             f"lowrank {argv[0]} --help lists the options"
         )
     option = str(option).partition("=")[0]
-    for name in methods.names():
+    command = next((a for a in argv if a in COMMANDS), "")
+    chosen = {method.name for method in peek_methods(argv, command)}
+    for name in set(methods.names()) - chosen:
         if option.startswith(f"--{name}-"):
             return f"{option} is an option of {name}, which was not chosen", f"add --method {name}"
-    near = sorted(getattr(error, "possibilities", None) or [])
-    command = next((a for a in argv if a in COMMANDS), "")
+    near = get_close_matches(option, getattr(error, "possibilities", None) or [], n=1, cutoff=0.0)
     return f"no option {option}", f"did you mean {near[0]}?" if near else f"lowrank {command} --help lists them"

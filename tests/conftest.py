@@ -58,8 +58,10 @@ def tiny_config(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_flags(news, tiny_config) -> list[str]:
     """Flags of a run that takes a second: a tiny model on real text."""
-    return ["--dataset", str(news), "--model-config", str(tiny_config), "--vocab-size", "512", "--max-length", "64",
-            "--batch-size", "4", "--eval-tokens", "1000", "--log-every", "1", "--save-every", "1000"]  # fmt: skip
+    return [
+        *("--dataset", str(news), "--model-config", str(tiny_config), "--vocab-size", "512", "--max-length", "64"),
+        *("--batch-size", "4", "--eval-tokens", "1000", "--log-every", "1", "--save-every", "1000", "--no-plots"),
+    ]
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ def build_config(
     model: ModelConfig,
     *,
     vocab_size: int,
-    bos_token_id: int | None,
-    eos_token_id: int | None,
-    pad_token_id: int | None,
     max_length: int,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
 ) -> PretrainedConfig:
     """The configuration of a model to pretrain: a preset, or a JSON file for any causal language model.
 

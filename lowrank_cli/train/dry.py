@@ -32,9 +32,6 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
         architecture = models.build_config(
             config.model,
             vocab_size=vocabulary(config),
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
             max_length=config.data.max_length,
         )
     else:

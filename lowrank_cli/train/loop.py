@@ -81,7 +81,12 @@ def prepare(config: RunConfig) -> Session:
     random.seed(config.common.seed)
     device = models.device_of(config.common.device)
     dtype = models.dtype_of(config.model.dtype, device)
-    fallback = models.tokenizer_of(config.model) if config.model.continue_from is not None else None
+    check_sinks(config.train.log)
+    plan.check(config)
+    scratch = config.model.continue_from is None
+    if scratch:
+        # whether the shape makes sense is known before the text is read
+        models.build_config(config.model, vocab_size=config.data.vocab_size, max_length=config.data.max_length)
     batches = data.build(
         config.data,
         batch_size=config.train.batch_size,
@@ -89,13 +94,12 @@ def prepare(config: RunConfig) -> Session:
         eval_tokens=config.eval.eval_tokens,
         seed=config.common.seed,
         offline=config.common.offline,
-        tokenizer_fallback=fallback,
+        tokenizer_fallback=None if scratch else models.tokenizer_of(config.model),
         status=console.note,
     )
-    architecture = None
-    if config.model.continue_from is None:
-        tokens = batches.tokenizer
-        architecture = models.build_config(
+    tokens = batches.tokenizer
+    architecture = (
+        models.build_config(
             config.model,
             vocab_size=len(tokens),
             bos_token_id=tokens.bos_token_id,
@@ -103,6 +107,9 @@ def prepare(config: RunConfig) -> Session:
             pad_token_id=tokens.pad_token_id,
             max_length=config.data.max_length,
         )
+        if scratch
+        else None
+    )
     model = models.load(
         config.model,
         config=architecture,
@@ -124,7 +131,6 @@ def prepare(config: RunConfig) -> Session:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     model.train()
-    check_sinks(config.train.log)
     return Session(
         config=config,
         data=batches,
@@ -171,7 +177,7 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         min_lr_ratio=config.optim.min_lr_ratio,
         num_cycles=config.optim.num_cycles,
     )
-    drawing = plots.Drawing(run)
+    drawing = plots.Drawing(run) if config.train.plots else None
     session.mark()
     with Reporter(run, config, total=steps.steps, progress=progress, device=session.device) as report, Stop() as stop:
         if progress.step == 0:
@@ -201,9 +207,10 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
                     evaluate(session, report)
                 if saving:
                     session.save()
-                if saving and step < steps.steps:
+                if drawing and saving and step < steps.steps:
                     drawing.start()
-        drawing.finish()
+        if drawing:
+            drawing.finish()
         return finish.finish(session)
 
 

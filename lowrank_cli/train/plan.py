@@ -37,13 +37,9 @@ def make(config: RunConfig, updates_per_epoch: int | None) -> Plan:
     Raises:
         UsageError: the length is given twice, or in epochs of a stream.
     """
+    check(config)
     train = config.train
     tokens_per_update = total_batch_size(config) * config.data.max_length
-    given = [name for name in ("max_steps", "max_train_tokens", "epochs") if getattr(train, name) is not None]
-    if len(given) > 1:
-        raise UsageError(
-            f"the length is given twice: {' and '.join('--' + g.replace('_', '-') for g in given)}", "keep one of them"
-        )
     if train.max_train_tokens is not None:
         steps = math.ceil(train.max_train_tokens / tokens_per_update)
     elif train.epochs is not None:
@@ -65,3 +61,12 @@ def make(config: RunConfig, updates_per_epoch: int | None) -> Plan:
         save_every=train.save_every or max(1, math.ceil(steps / 4)),
         tokens_per_update=tokens_per_update,
     )
+
+
+def check(config: RunConfig) -> None:
+    """Raises UsageError if the length of the run is given twice."""
+    given = [name for name in ("max_steps", "max_train_tokens", "epochs") if getattr(config.train, name) is not None]
+    if len(given) > 1:
+        raise UsageError(
+            f"the length is given twice: {' and '.join('--' + g.replace('_', '-') for g in given)}", "keep one of them"
+        )

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ def assert_error(result, code: int, *parts: str) -> None:
     (["--max-train-tokens", "lots"], ["--max-train-tokens is 'lots'"]),
     (["--scheduler", "step"], ["--scheduler is 'step'", "linear, cosine, cosine_restarts, constant"]),
     (["--config", "missing.yaml"], ["no file missing.yaml"]),
-    (["--model", "llama-8m"], ["unknown model preset 'llama-8m'", "llama-9m"]),
+    (["--model", "llama-8m"], ["unknown preset 'llama-8m' in --model", "did you mean 'llama-9m'?"]),
     (["--total-batch-size", "30"], ["30", "16", "32"]),
     (["--max-steps", "3", "--epochs", "2"], ["the length is given twice"]),
     (["--memory-budget", "big"], ["--memory-budget is 'big'", "24GB"]),
@@ -49,10 +48,8 @@ def assert_error(result, code: int, *parts: str) -> None:
     (["--log", "tensorbord", "--max-steps", "1"], ["unknown logger 'tensorbord'", "did you mean 'tensorboard'?"]),
 ])  # fmt: skip
 def test_wrong_usage(argv, parts, lowrank, news):
-    given = {a for a in argv if a.startswith("--")}
-    small = [] if "--model" in given else ["--dataset", news, "--vocab-size", 512]
-    assert_error(lowrank("pretrain", *small, *argv), 2, *parts)
-    assert not list(Path("runs").glob("*/model"))
+    assert_error(lowrank("pretrain", "--dataset", news, "--vocab-size", 512, *argv), 2, *parts)
+    assert not Path("runs").exists()
 
 
 def test_wrong_settings_are_found_before_a_run_folder_is_made(lowrank):
@@ -94,7 +91,7 @@ def test_dataset_files(lowrank, tmp_path):
 def test_out_that_is_not_empty(lowrank):
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("ten years")
-    assert_error(lowrank("pretrain", "--out", "mine"), 2, "--out mine is not empty", "--resume mine")
+    assert_error(lowrank("pretrain", "--out", "mine"), 2, "--out mine is not empty", "take another folder")
     assert [p.name for p in Path("mine").iterdir()] == ["thesis.txt"]
     assert Path("mine/thesis.txt").read_text() == "ten years"
 
@@ -143,18 +140,27 @@ def test_full_disk_leaves_the_last_checkpoint_whole(lowrank, tiny_flags, tmp_pat
     assert list(Path("full/checkpoints").iterdir()) == []
     assert json.loads(Path("full/run.json").read_text())["status"] == "failed"
 
-    # a run that has a checkpoint keeps it
-    code, _, err = lowrank(
-        "pretrain", *tiny_flags, "--max-steps", 400, "--save-every", 2, "--out", "later", "--resume", "auto"
+    # a run that has a checkpoint keeps it, and its hint is the way on
+    argv = ["pretrain", "--resume", "run/checkpoints/step-000002", "--save-every", "1"]
+    whole = sorted(p.name for p in Path("run/checkpoints/step-000002").iterdir())
+    child = subprocess.run(
+        [sys.executable, "-c", script, *argv], capture_output=True, text=True, check=False, env=os.environ
     )
-    assert signal.SIGXFSZ
+    assert child.returncode == 1, child.stderr
+    assert "could not write the checkpoint of step 3" in child.stderr
+    assert f"make room, then go on from step-000004: --resume {Path('run').resolve()}" in child.stderr
+    assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in Path("run/checkpoints/step-000002").iterdir()) == whole
+    code, _, err = lowrank("pretrain", "--resume", "run/checkpoints/step-000002")
     assert code == 0, err
 
 
 def test_missing_logger_names_the_install_command(lowrank, tiny_flags, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     assert_error(
-        lowrank("pretrain", *tiny_flags, "--max-steps", 1, "--log", "trackio"), 4, "pip install 'lowrank-cli[trackio]'"
+        lowrank("pretrain", *tiny_flags, "--max-steps", 1, "--log", "trackio"),
+        4,
+        "pip install trackio, or 'lowrank-cli[trackio]'",
     )
 
 
@@ -173,5 +179,8 @@ def test_tokenizer_of_another_vocabulary(lowrank, test_data, tiny_flags):
     assert_error(result, 2, "a vocabulary of 512", "one of 32100")
 
 
-def test_quiet_prints_only_errors(lowrank, tiny_flags):
-    assert lowrank("pretrain", *tiny_flags, "--max-steps", 1, "-q", "--out", "q") == (0, "", "")
+def test_quiet_prints_only_errors_and_the_result(lowrank, tiny_flags):
+    code, out, err = lowrank("pretrain", *tiny_flags, "--max-steps", 1, "-q", "--out", "q")
+    assert (code, err) == (0, "")
+    assert out.startswith("validation perplexity ")
+    assert out.rstrip().endswith("q/model")
