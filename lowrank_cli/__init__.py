@@ -12,10 +12,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "commands").is_dir():
 
 # Public names, imported on first use so that `lowrank --help` never pays for torch.
 _PUBLIC = {
+    "GaLoreAdafactor": "lowrank_cli.optim.adafactor",
     "GaLoreAdamW": "lowrank_cli.optim.adamw",
+    "GaLoreAdamW8bit": "lowrank_cli.optim.adamw8bit",
 }
 
-__all__ = ["GaLoreAdamW", "__version__"]
+__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "__version__"]
 
 
 def __getattr__(name: str):

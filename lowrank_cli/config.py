@@ -93,7 +93,11 @@ class DataConfig:
 class OptimConfig:
     """Optimizer"""
 
-    optimizer: str = option("adamw", "the update rule", choices=("adamw",))
+    optimizer: str = option(
+        "adamw", "the update rule; adamw8bit has 8-bit moments", choices=("adamw", "adamw8bit", "adafactor")
+    )
+    per_layer: bool = option(False, "update each tensor within backward and free its gradient at once")
+    stochastic_rounding: bool = option(False, "round bfloat16 weights up or down at random, so that no update is lost")
     lr: float = option(1e-3, "peak learning rate", above=0)
     beta1: float = option(0.9, "decay of the first moment", min=0)
     beta2: float = option(0.999, "decay of the second moment", min=0)

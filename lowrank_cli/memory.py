@@ -10,7 +10,9 @@ from lowrank_cli.errors import PreflightError
 from lowrank_cli.methods import Method
 
 
-def estimate(model: nn.Module, groups: list[dict], parts: list[Method], dtype_bytes: int) -> dict[str, int]:
+def estimate(
+    model: nn.Module, groups: list[dict], parts: list[Method], dtype_bytes: int, optimizer: str = "adamw"
+) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer states, by item. Activations are not in it.
 
     Args:
@@ -18,6 +20,7 @@ def estimate(model: nn.Module, groups: list[dict], parts: list[Method], dtype_by
         groups: the tagged groups of its parameters.
         parts: the chosen methods; each tells the bytes of its own tensors.
         dtype_bytes: bytes of one weight.
+        optimizer: the update rule.
     """
     by_name = {part.name: part for part in parts}
     plain = Method(None)
@@ -26,7 +29,7 @@ def estimate(model: nn.Module, groups: list[dict], parts: list[Method], dtype_by
     for group in groups:
         for name, p in group["params"]:
             trained.add(name)
-            memory = by_name.get(group["role"], plain).memory(tuple(p.shape), dtype_bytes)
+            memory = by_name.get(group["role"], plain).memory(tuple(p.shape), dtype_bytes, optimizer)
             items["weights"] += memory.weights
             items["gradients"] += memory.gradients
             items["optimizer states"] += memory.states

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from lowrank_cli.optim import state_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,9 +68,7 @@ class Method:
     def merge(self, model: nn.Module) -> None:
         """Turn the model into a plain Transformers model, in place."""
 
-    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4) -> Memory:
-        """Bytes of training one targeted weight of this shape (AdamW: two float32 moments and a gradient)."""
-        size = 1
-        for n in shape:
-            size *= n
-        return Memory(weights=size * dtype_bytes, gradients=size * dtype_bytes, states=8 * size + 4)
+    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw") -> Memory:
+        """Bytes of training one targeted weight of this shape with an update rule."""
+        size = math.prod(shape) * dtype_bytes
+        return Memory(weights=size, gradients=size, states=state_bytes(optimizer, shape))

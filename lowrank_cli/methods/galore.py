@@ -13,12 +13,13 @@ The weight itself stays full-rank and is trained everywhere. Zhao et al., arXiv:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lowrank_cli import console
 from lowrank_cli.config import option
 from lowrank_cli.methods.base import Memory, Method
+from lowrank_cli.optim import state_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +50,28 @@ class GaLore(Method):
         )
         update_proj_gap: int = option(200, "updates between refreshes of the basis (T)", min=1)
         scale: float = option(0.25, "factor of the projected update (alpha)", above=0)
-        proj_type: str = option("std", "side to project: std is the shorter one", choices=("std",))
+        proj_type: str = option(
+            "std",
+            "side to project: std is the shorter one, full is both",
+            choices=("std", "reverse_std", "left", "right", "full"),
+        )
+        refresh: str = option(
+            "svd",
+            "how a basis is found: svd as in the paper; the others are many times faster",
+            choices=("svd", "gram", "randomized", "subspace"),
+        )
+        moments: str = option(
+            "keep",
+            "the moments at a refresh: kept as in the paper, rotated or reset",
+            choices=("keep", "rotate", "reset"),
+        )
+        stagger: bool = option(False, "spread the refreshes of the tensors over the gap")
+        lazy_refresh: bool = option(False, "double the gap of a basis that has stopped moving (Q-GaLore)")
+        in_backward: bool | None = option(
+            None,
+            "project inside backward, so that no full gradient is formed between refreshes; on unless given where it "
+            "takes fewer operations and --grad-clipping is off",
+        )
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         from lowrank_cli.models.targets import select
@@ -66,17 +88,8 @@ class GaLore(Method):
                     by_rank.setdefault(rank, []).append((name, p))
             rest = [(name, p) for name, p in group["params"] if not (name in targeted and p.dim() == 2)]
             for rank, params in by_rank.items():
-                tagged.append(
-                    {
-                        **group,
-                        "params": params,
-                        "role": "galore",
-                        "rank": rank,
-                        "update_proj_gap": self.config.update_proj_gap,
-                        "scale": self.config.scale,
-                        "proj_type": self.config.proj_type,
-                    }
-                )
+                tags = asdict(self.config) | {"role": "galore", "rank": rank, "params": params}
+                tagged.append(group | tags)
             if rest:
                 tagged.append({**group, "params": rest, "why": "outside the layers' linears"})
         if clamped:
@@ -90,12 +103,12 @@ class GaLore(Method):
         """The rank for an (m, n) weight: the configured one, at most the shorter side."""
         return min(self.config.rank or max(1, min(shape) // 4), *shape)
 
-    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4) -> Memory:
+    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw") -> Memory:
+        from lowrank_cli.optim.projection import sides
+
         # paper, Table 1: m r for the basis and 2 n r for the moments, m the shorter side
-        short, long = min(shape), max(shape)
-        rank = self.rank_for(shape)
-        return Memory(
-            weights=short * long * dtype_bytes,
-            gradients=short * long * dtype_bytes,
-            states=short * rank * dtype_bytes + 2 * long * rank * 4,
-        )
+        rank, used = self.rank_for(shape), sides(shape, self.config.proj_type)
+        projected = (rank if "left" in used else shape[0], rank if "right" in used else shape[1])
+        basis = sum(rank * (shape[0] if side == "left" else shape[1]) for side in used)
+        size = shape[0] * shape[1] * dtype_bytes
+        return Memory(weights=size, gradients=size, states=basis * dtype_bytes + state_bytes(optimizer, projected))

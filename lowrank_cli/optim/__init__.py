@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,14 +29,37 @@ def base_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
-    """The optimizer for these groups: torch's own fused AdamW where nothing is projected or 16-bit."""
+    """The optimizer for these groups: torch's own fused AdamW where nothing is projected, 16-bit or per layer."""
     betas = (config.beta1, config.beta2)
-    parameters = [p for group in groups for _, p in group["params"]]
-    # torch's keeps the moments in the weight's dtype, ours in float32 always: both sides of a comparison get the same
-    if not any("rank" in group for group in groups) and all(p.element_size() >= 4 for p in parameters):
-        from torch.optim import AdamW
+    if config.optimizer == "adafactor":
+        from lowrank_cli.optim.adafactor import GaLoreAdafactor
 
-        return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
-    from lowrank_cli.optim.adamw import GaLoreAdamW
+        optimizer = GaLoreAdafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
+    elif config.optimizer == "adamw8bit":
+        from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
 
-    return GaLoreAdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+        optimizer = GaLoreAdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0)
+    else:
+        parameters = [p for group in groups for _, p in group["params"]]
+        # torch's keeps moments in the weight's dtype, ours in float32: both sides of a comparison get the same
+        own = config.per_layer or any(p.element_size() < 4 for p in parameters) or any("rank" in g for g in groups)
+        if not own:
+            from torch.optim import AdamW
+
+            return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
+        from lowrank_cli.optim.adamw import GaLoreAdamW
+
+        optimizer = GaLoreAdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+    optimizer.stochastic_rounding = config.stochastic_rounding
+    return optimizer
+
+
+def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
+    """Bytes that an update rule keeps for a gradient of this shape, projected or not."""
+    size = math.prod(shape)
+    if optimizer == "adafactor":
+        return 4 * (math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))) if len(shape) > 1 else 4 * size
+    if optimizer == "adamw8bit" and size >= 4096:
+        # two moments of a byte an element and a float32 scale for every block of 256
+        return 2 * (size + 4 * math.ceil(size / 256))
+    return 8 * size

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.optim.base import ProjectedOptimizer
+from lowrank_cli.optim.projection import project
 
 
 def adamw_(
@@ -49,6 +50,33 @@ def adamw_(
     )  # fmt: skip
 
 
+def rotate(
+    exp_avg: Tensor, exp_avg_sq: Tensor, change: dict[str, Tensor], *, step: int, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Adam's moments in the coordinates of a new basis. LDAdam, arXiv:2410.16103, Alg. 1, with C = P_new^T P_old:
+    M <- C M and V <- (1 - b2^t) |(C o C)(V^ - M^2) + (C M^)^2|, the hats meaning bias-corrected.
+
+    Args:
+        exp_avg: M, (r, n) for a left basis, (m, r) for a right one.
+        exp_avg_sq: V, of the same shape.
+        change: old^T new for each side, (r, r).
+        step: t, the updates so far.
+        betas: decay of M and V.
+    Returns:
+        The new M and V.
+    """
+    corrections = 1 - betas[0] ** step, 1 - betas[1] ** step
+    mean, square = exp_avg / corrections[0], exp_avg_sq / corrections[1]
+
+    def turn(tensor: Tensor, power: int) -> Tensor:
+        bases = {side: (matrix**power).contiguous() for side, matrix in change.items()}
+        return project(tensor, bases)
+
+    turned = turn(mean, 1)
+    square = (turn(square - mean.square(), 2) + turned.square()).abs()
+    return turned * corrections[0], square * corrections[1]
+
+
 class GaLoreAdamW(ProjectedOptimizer):
     """AdamW whose groups may be projected; takes the groups of the PyPI package `galore-torch`.
 
@@ -83,19 +111,26 @@ class GaLoreAdamW(ProjectedOptimizer):
             {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias},
         )
 
-    def _init_state(self, state: dict, grad: Tensor) -> None:
+    def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
         state["exp_avg"] = torch.zeros_like(grad, dtype=torch.float32)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=torch.float32)
 
-    def _rule(self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, lr: float) -> None:
+    def _rule(
+        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
+    ) -> None:
         adamw_(
             targets,
             grads,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             step=states[0]["step"],
-            lr=lr,
+            lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             correct_bias=group["correct_bias"],
+        )
+
+    def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
+        state["exp_avg"], state["exp_avg_sq"] = rotate(
+            state["exp_avg"], state["exp_avg_sq"], change, step=state["step"], betas=group["betas"]
         )

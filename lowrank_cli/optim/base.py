@@ -1,31 +1,55 @@
-"""One step loop for every optimizer that can work on projected gradients."""
+"""One step for every optimizer that can work on projected gradients, whole models or one tensor at a time."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lowrank_cli.optim.projection import expand_add_, project, sides, svd_basis
+from lowrank_cli import console
+from lowrank_cli.optim.projection import expand_add_, expand_add_rounded_, project, sides, stochastic_round, unfold
+from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
+
+MOMENTS = ("keep", "rotate", "reset")
+
+# Q-GaLore, arXiv:2407.08296: a basis that stayed this similar twice in a row is refreshed half as often
+CALM_OVERLAP, CALM_REFRESHES = 0.4, 2
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
     """An optimizer whose groups may carry GaLore's keys: `rank`, `update_proj_gap`, `scale`, `proj_type`.
 
     A group without `rank` is an ordinary one. In a group with `rank` the update rule runs on the projected gradient
-    and its result is expanded straight into the weight. A subclass gives the rule (`_rule`) and its empty state
-    (`_init_state`). State holds tensors and numbers only, so that it loads with `weights_only=True`:
-    `step`, what the rule keeps, and `basis_left` and/or `basis_right`.
+    and its result is expanded straight into the weight. Further keys of such a group, with galore-torch's behaviour as
+    the default: `refresh` (an engine of optim/refresh.py), `moments` (keep, rotate or reset at a refresh), `stagger`
+    (spread the refreshes over the gap), `lazy_refresh` (double the gap of a basis that has stopped moving).
+
+    The gradient of a projected parameter is its `.grad`, or what `accumulate` has summed: then the full gradient never
+    exists. State holds tensors and numbers only, so that it loads with `weights_only=True`: `step`, what the rule
+    keeps, `basis_*`, and the refresh clock. A subclass gives the rule.
     """
 
-    GROUP_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    GROUP_DEFAULTS = {
+        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd", "moments": "keep",
+        "stagger": False, "lazy_refresh": False,
+    }  # fmt: skip
+    stochastic_rounding = False
 
     def __init__(self, params, defaults: dict):
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            if "rank" in group:
-                self._check_group(group)
+        self.low_rank_grads: dict[Tensor, Tensor] = {}
+        projected = [group for group in self.param_groups if "rank" in group]
+        for group in projected:
+            self._check_group(group)
+        self.projected = {p: group for group in projected for p in group["params"]}
+        self.sides = {p: sides(p.shape, group["proj_type"]) for p, group in self.projected.items()}
+        # (position among the projected tensors, name): for staggering, seeds and messages
+        names = (n for g in projected for n in g.get("param_names", [""] * len(g["params"])))
+        self.places = {
+            p: (i, name or f"tensor {i}") for i, (p, name) in enumerate(zip(self.projected, names, strict=True))
+        }
 
     def _check_group(self, group: dict) -> None:
         if int(group["rank"]) < 1:
@@ -34,17 +58,31 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             group.setdefault(key, value)
         if int(group["update_proj_gap"]) < 1:
             raise ValueError(f"update_proj_gap is {group['update_proj_gap']}; it must be at least 1")
+        for key, known in (("refresh", ENGINES), ("moments", MOMENTS)):
+            if group[key] not in known:
+                raise ValueError(f"{key} is {group[key]!r}; it is one of {', '.join(known)}")
         for p in group["params"]:
-            if p.dim() != 2:
-                raise ValueError(f"a group with `rank` holds a tensor of shape {tuple(p.shape)}; it takes matrices")
             sides(p.shape, group["proj_type"])
 
-    def _init_state(self, state: dict, grad: Tensor) -> None:
+    # ---- what a subclass gives
+
+    def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
         raise NotImplementedError
 
-    def _rule(self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, lr: float) -> None:
-        """Adds -lr times the rule's direction to each target in place; all states are at the same step."""
+    def _rule(
+        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
+    ) -> None:
+        """Adds -lr times the rule's direction to each float32 target in place; all states are at the same step.
+
+        A target is the weight itself, or zeros of the projected gradient's shape; `params` are the weights.
+        """
         raise NotImplementedError
+
+    def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
+        """Takes the moments to the coordinates of a new basis; `change` holds old^T new for each side."""
+        raise NotImplementedError
+
+    # ---- the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
@@ -56,29 +94,93 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if "rank" in group:
                 for p in group["params"]:
-                    if p.grad is not None:
-                        self._step_projected(p, group)
+                    self.step_one(p, group)
             else:
                 self._step_plain([p for p in group["params"] if p.grad is not None], group)
         return loss
 
+    @torch.no_grad()
+    def step_one(self, p: Tensor, group: dict) -> None:
+        """One update of one parameter, if it has a gradient."""
+        if p in self.projected:
+            if p.grad is not None or p in self.low_rank_grads:
+                self._step_projected(p, group)
+        elif p.grad is not None:
+            self._step_plain([p], group)
+
+    def is_due(self, p: Tensor) -> bool:
+        """Whether the next update of a projected parameter refreshes its basis, which takes the full gradient."""
+        return (self.state.get(p) or {}).get("until_refresh", 0) == 0
+
+    def bases(self, p: Tensor) -> dict[str, Tensor]:
+        """The bases of a projected parameter; it has some after its first update."""
+        state = self.state[p]
+        return {side: state[f"basis_{side}"] for side in self.sides[p]}
+
+    def accumulate(self, p: Tensor, low_rank_grad: Tensor) -> None:
+        """Adds the projected gradient of a micro-batch: sum_i P^T G_i = P^T sum_i G_i."""
+        total = self.low_rank_grads.get(p)
+        if total is None:
+            self.low_rank_grads[p] = low_rank_grad.float()
+        else:
+            total.add_(low_rank_grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; the accumulated projected gradients go too."""
+        super().zero_grad(set_to_none)
+        self.low_rank_grads.clear()
+
     def _step_projected(self, p: Tensor, group: dict) -> None:
-        state, grad = self.state[p], p.grad
-        step = state.get("step", 0)
-        if step % group["update_proj_gap"] == 0:
-            for side in sides(p.shape, group["proj_type"]):
-                state[f"basis_{side}"] = svd_basis(grad, group["rank"], side)
-        bases = {side: state[f"basis_{side}"] for side in sides(p.shape, group["proj_type"])}
+        state = self.state[p]
+        if self.is_due(p):
+            self._refresh(p, state, group)
+        bases = self.bases(p)
         # the moments, and the arithmetic on them, are float32 whatever the dtype of the weight
-        low_rank_grad = project(grad, bases).float()
-        if not step:
+        grad = self.low_rank_grads.pop(p, None)
+        grad = project(p.grad, bases).float() if grad is None else grad
+        if "step" not in state:
             state["step"] = 0
-            self._init_state(state, low_rank_grad)
+            self._init_state(state, grad, group)
         state["step"] += 1
-        update = torch.zeros_like(low_rank_grad)
-        self._rule([update], [low_rank_grad], [state], group, group["lr"])
-        expand_add_(p, update, bases, alpha=group["scale"])
+        state["until_refresh"] -= 1
+        update = torch.zeros_like(grad)
+        self._rule([update], [grad], [state], group, [p])
+        if self.stochastic_rounding and p.dtype == torch.bfloat16 and p.dim() == 2:
+            expand_add_rounded_(p, update, bases, alpha=group["scale"])
+        else:
+            expand_add_(p, update, bases, alpha=group["scale"])
         self._decay([p], group)
+
+    def _refresh(self, p: Tensor, state: dict, group: dict) -> None:
+        """New bases from the full gradient, and when the next ones are due."""
+        step, gap = state.get("step", 0), state.get("gap", group["update_proj_gap"])
+        place, name = self.places[p]
+        if p.grad is None:
+            raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
+        calm, change = True, {}
+        for side in self.sides[p]:
+            old = state.get(f"basis_{side}")
+            matrix, stands = unfold(p.grad, side)
+            seed = zlib.crc32(f"{place} {side} {step}".encode())
+            new = find_basis(
+                matrix, group["rank"], stands, group["refresh"], old, seed=seed, name=name, warn=console.warn
+            )
+            if old is not None:
+                change[side] = old.float().mT @ new.float()  # (r, r)
+                calm = calm and overlap(new, old) >= CALM_OVERLAP
+            state[f"basis_{side}"] = new
+        if change and group["moments"] == "reset":
+            del state["step"]
+        elif change and group["moments"] == "rotate":
+            self._rotate(state, change, group)
+        if group["lazy_refresh"] and change:
+            state["calm"] = state.get("calm", 0) + 1 if calm else 0
+            if state["calm"] >= CALM_REFRESHES:
+                gap, state["calm"] = 2 * gap, 0
+            state["gap"] = gap
+        # staggered: the first refresh is everyone's, the second spreads them over the gap
+        spread = 1 + place * gap // len(self.places) if group["stagger"] and not change else gap
+        state["until_refresh"] = spread
 
     def _step_plain(self, params: list[Tensor], group: dict) -> None:
         by_step: dict[int, list[Tensor]] = {}
@@ -86,19 +188,22 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["step"] = 0
-                self._init_state(state, p.grad)
+                self._init_state(state, p.grad, group)
             state["step"] += 1
             by_step.setdefault(state["step"], []).append(p)
         for same in by_step.values():
             exact = [p for p in same if p.dtype == torch.float32]
             if exact:
-                self._rule(exact, [p.grad for p in exact], [self.state[p] for p in exact], group, group["lr"])
+                self._rule(exact, [p.grad for p in exact], [self.state[p] for p in exact], group, exact)
             for p in same:
                 if p.dtype != torch.float32:
                     # the rule runs in float32 and the weight is rounded once
                     update = torch.zeros_like(p, dtype=torch.float32)
-                    self._rule([update], [p.grad.float()], [self.state[p]], group, group["lr"])
-                    p.add_(update)
+                    self._rule([update], [p.grad.float()], [self.state[p]], group, [p])
+                    if self.stochastic_rounding and p.dtype == torch.bfloat16:
+                        p.copy_(stochastic_round(update.add_(p)))
+                    else:
+                        p.add_(update)
         self._decay(params, group)
 
     def _decay(self, params: list[Tensor], group: dict) -> None:

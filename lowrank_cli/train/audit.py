@@ -3,6 +3,7 @@ first update, and the name of the tensor when numbers break."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,16 +60,24 @@ class Snapshot:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.before = [(name, sample(p).clone()) for name, p in named(optimizer)]
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
+    @staticmethod
+    def without_gradient(parameters: Iterable[Tensor]) -> set[Tensor]:
+        """Parameters whose gradient is there and zero throughout: they have no reason to change."""
+        return {p for p in parameters if p.grad is not None and not bool(p.grad.any())}
+
+    def check(self, optimizer: torch.optim.Optimizer, zeros: set[Tensor]) -> None:
         """Every tensor with a gradient changed, and every step counter is 1.
 
+        Args:
+            optimizer: after its first step.
+            zeros: parameters whose gradient was zero.
         Raises:
             LowrankError: names the tensors that did not.
         """
         rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
         rounded = []
         for (name, before), (_, p) in zip(self.before, named(optimizer), strict=True):
-            if p.grad is None and not optimizer.state.get(p):
+            if not optimizer.state.get(p):
                 raise LowrankError(
                     f"{name} is in the optimizer but got no gradient in the first update",
                     "freeze it, or choose a method that trains it",
@@ -79,7 +88,7 @@ class Snapshot:
                     f"the optimizer counts step {step} for {name} after one update",
                     "this is a bug: please report it with run.json",
                 )
-            if not torch.equal(before, sample(p)) or (p.grad is not None and not bool(p.grad.any())):
+            if p in zeros or not torch.equal(before, sample(p)):
                 continue
             if not may_round_away(before, rates[name]):
                 raise LowrankError(

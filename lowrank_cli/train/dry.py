@@ -44,7 +44,7 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
     for part in parts:
         groups = part.param_groups(model, groups)
     audit.show_targets(audit.targets(model, groups), config.method)
-    items = memory.estimate(model, groups, parts, dtype.itemsize)
+    items = memory.estimate(model, groups, parts, dtype.itemsize, config.optim.optimizer)
     total = memory.show(items)
     parameters = sum(p.numel() for p in model.parameters())
     console.note(f"{console.human_count(parameters)} parameters, {str(dtype).removeprefix('torch.')}")

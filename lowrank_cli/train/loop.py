@@ -23,6 +23,7 @@ from lowrank_cli.evaluate.perplexity import perplexity
 from lowrank_cli.models import load as models
 from lowrank_cli.models.forward import causal_lm_loss
 from lowrank_cli.optim import schedule
+from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
 from lowrank_cli.train.metrics import Reporter, check_sinks
@@ -178,6 +179,9 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         num_cycles=config.optim.num_cycles,
     )
     drawing = plots.Drawing(run) if config.train.plots else None
+    gradients = Gradients(
+        session.model, session.optimizer, per_layer=config.optim.per_layer, clipping=config.optim.grad_clipping
+    )
     session.mark()
     with Reporter(run, config, total=steps.steps, progress=progress, device=session.device) as report, Stop() as stop:
         if progress.step == 0:
@@ -186,16 +190,17 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
             stop.check(session)
             for group in session.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor(step)
-            first = audit.Snapshot(session.optimizer) if step == 1 else None
-            loss, tokens = update(session, stop)
             reporting = step % config.train.log_every == 0 or step in (1, steps.steps)
             evaluating = step % steps.eval_every == 0 or step == steps.steps
             saving = step % steps.save_every == 0 or step == steps.steps
-            grad_norm = gradient_norm(session, wanted=reporting or saving)
-            session.optimizer.step()
+            first = audit.Snapshot(session.optimizer) if step == 1 else None
+            gradients.begin(measuring=reporting or saving)
+            loss, tokens = backward(session, gradients, stop)
+            grad_norm = clip(session, gradients)
+            zeros = first.without_gradient(gradients.groups) if first else set()
+            gradients.step()
             if first is not None:
-                first.check(session.optimizer)
-            session.optimizer.zero_grad(set_to_none=True)
+                first.check(session.optimizer, zeros)
             extra = {k: v for part in session.parts for k, v in part.after_step(session.model, step).items()}
             progress.step, progress.tokens = step, progress.tokens + tokens
             session.mark()
@@ -214,40 +219,34 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         return finish.finish(session)
 
 
-def update(session: Session, stop: Stop) -> tuple[float, int]:
-    """Gradients of one update, accumulated over its micro-batches; returns the mean loss and the tokens it is over."""
-    batches = [
-        {k: v.to(session.device, non_blocking=True) for k, v in b.items()} for b in session.data.train.next_update()
-    ]
+def backward(session: Session, gradients: Gradients, stop: Stop) -> tuple[float, int]:
+    """Gradients of one update over its micro-batches; returns the mean loss and the number of its tokens."""
+    batches = session.data.train.next_update()
     # every micro-batch is divided by the update's own number of targets, so accumulation is exact
-    targets = int(sum((b["labels"][:, 1:] != -100).sum() for b in batches))
+    targets = max(1, int(sum((b["labels"][:, 1:] != -100).sum() for b in batches)))
     total: Tensor | float = 0.0
-    for batch in batches:
+    for i, batch in enumerate(batches):
         stop.check(session)
-        loss = causal_lm_loss(session.model, batch, max(1, targets))
-        loss.backward()
+        batch = {key: value.to(session.device, non_blocking=True) for key, value in batch.items()}
+        loss = causal_lm_loss(session.model, batch, targets)
         total = total + loss.detach()
-    # the one synchronisation of an update: a loss that is not finite never reaches the weights
-    value = float(total)
-    if not math.isfinite(value):
-        raise not_finite(session, f"the loss is {value}")
-    return value, sum(int((b["labels"] != -100).sum()) for b in batches)
+        gradients.last = i == len(batches) - 1
+        # the one synchronisation of an update, before anything can step: a broken loss never reaches the weights
+        if gradients.last and not math.isfinite(float(total)):
+            raise not_finite(session, f"the loss is {float(total)}")
+        loss.backward()
+    return float(total), sum(int((b["labels"] != -100).sum()) for b in batches)
 
 
-def gradient_norm(session: Session, wanted: bool) -> float | None:
-    """The global norm of the gradients, clipped if the configuration says so; None if nobody wants to know.
+def clip(session: Session, gradients: Gradients) -> float | None:
+    """The gradients' global norm, clipped if the configuration says so; None if nobody wants to know.
 
     Raises:
-        LowrankError: it is not finite; the weights are still those of the step before.
+        LowrankError: it is not finite.
     """
-    limit = session.config.optim.grad_clipping
-    if not (limit or wanted):
+    if not (gradients.clipping or gradients.measuring):
         return None
-    parameters = [p for group in session.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if limit:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    value = float(norm)
+    value = float(gradients.norm())
     if not math.isfinite(value):
         raise not_finite(session, f"the gradient's norm is {value}")
     return value

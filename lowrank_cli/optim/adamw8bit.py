@@ -1,0 +1,113 @@
+"""AdamW on projected gradients with block-wise 8-bit moments, through bitsandbytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_cli.errors import MissingError
+from lowrank_cli.optim.adamw import adamw_, rotate
+from lowrank_cli.optim.base import ProjectedOptimizer
+
+# bitsandbytes quantizes moments in blocks of this many elements, each with a float32 scale
+BLOCK = 256
+
+
+class GaLoreAdamW8bit(ProjectedOptimizer):
+    """AdamW whose moments are 8-bit (Dettmers et al., arXiv:2110.02861), of projected gradients where a group says so.
+
+    Takes the groups and the arguments of galore-torch's class of this name. The update is computed in float32 and
+    added to the weight once; galore-torch rounds it to the weight's dtype before it is expanded, clones the weight and
+    synchronises the device for every tensor. Tensors of fewer than `min_8bit_size` elements keep float32 moments.
+
+    Args:
+        params: parameters or groups, as for GaLoreAdamW.
+        lr: learning rate.
+        betas: decay of the moments.
+        eps: added to the bias-corrected root of the second moment.
+        weight_decay: decoupled, applied after the update; galore-torch's default.
+        min_8bit_size: elements from which on moments are 8-bit.
+
+    Raises:
+        MissingError: bitsandbytes is not installed.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = 4096,
+    ):
+        self.codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.functional = import_bitsandbytes()
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "min_8bit_size": min_8bit_size})
+
+    def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
+        for key in ("exp_avg", "exp_avg_sq"):
+            if grad.numel() < group["min_8bit_size"]:
+                state[key] = torch.zeros_like(grad, dtype=torch.float32)
+            else:
+                # zero is an entry of the signed code and of the unsigned one, so the first scale does not matter
+                blocks = -(-grad.numel() // BLOCK)
+                state[f"{key}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=grad.device)
+                state[key] = torch.zeros_like(grad, dtype=torch.uint8)
+
+    def _rule(
+        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
+    ) -> None:
+        for target, grad, state in zip(targets, grads, states, strict=True):
+            if state["exp_avg"].dtype == torch.uint8:
+                self._rule_8bit(target, grad, state, group)
+                continue
+            # bitsandbytes adds eps to the corrected root; adamw_ takes it before the correction
+            eps = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
+            adamw_([target], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], step=state["step"], lr=group["lr"],
+                   betas=group["betas"], eps=eps)  # fmt: skip
+
+    def _rule_8bit(self, target: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        signed, unsigned = self._codes(grad.device)
+        self.functional.optimizer_update_8bit_blockwise(
+            "adam", grad, target, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0, group["eps"],
+            state["step"], group["lr"], signed, unsigned, state["exp_avg_scale"], state["exp_avg_sq_scale"], 0.0, 1.0,
+        )  # fmt: skip
+
+    def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
+        keys = ("exp_avg", "exp_avg_sq")
+        quantized = state["exp_avg"].dtype == torch.uint8
+        codes = dict(zip(keys, self._codes(state["exp_avg"].device), strict=True))
+        moments = [self._read(state, key, codes[key]) if quantized else state[key] for key in keys]
+        turned = rotate(*moments, change, step=state["step"], betas=group["betas"])
+        for key, moment in zip(keys, turned, strict=True):
+            if quantized:
+                values, scale = torch.ops.bitsandbytes.quantize_blockwise(moment.contiguous(), codes[key], BLOCK)
+                state[key].copy_(values.view_as(state[key]))
+                state[f"{key}_scale"].copy_(scale)
+            else:
+                state[key] = moment
+
+    def _read(self, state: dict, key: str, code: Tensor) -> Tensor:
+        return torch.ops.bitsandbytes.dequantize_blockwise(
+            state[key], state[f"{key}_scale"], code, BLOCK, torch.float32
+        ).view_as(state[key])
+
+    def _codes(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """bitsandbytes' 256 code values for signed and for unsigned moments."""
+        if device not in self.codes:
+            make = self.functional.create_dynamic_map
+            self.codes[device] = (make(signed=True).to(device), make(signed=False).to(device))
+        return self.codes[device]
+
+
+def import_bitsandbytes():
+    """bitsandbytes.functional; raises MissingError with the install command."""
+    try:
+        import bitsandbytes.functional
+    except ImportError:
+        raise MissingError(
+            "8-bit moments need bitsandbytes, which is not installed", "pip install bitsandbytes"
+        ) from None
+    return bitsandbytes.functional

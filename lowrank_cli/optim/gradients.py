@@ -1,0 +1,114 @@
+"""Where the gradients of an update go: into `.grad`, into projected buffers, or straight into the step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli.ops.projected_linear import projected_linear
+from lowrank_cli.optim.projection import project
+
+
+class Gradients:
+    """Collects the gradients of an update's micro-batches and steps, holding no more than it must.
+
+    * As usual: every micro-batch adds to `.grad`, and the step comes after the last one.
+    * In backward (groups with `in_backward`): linears add their projected gradients to small buffers, and the full
+      ones exist only for a tensor whose basis is due for a refresh.
+    * Per layer: as soon as the last micro-batch has given a tensor its gradient, the tensor is updated and the
+      gradient freed; those of earlier micro-batches wait projected. The full gradient of one layer exists at a time.
+
+    All three give the same update, up to rounding.
+
+    Args:
+        model: the model.
+        optimizer: any; only a ProjectedOptimizer has projected buffers.
+        per_layer: step within backward.
+        clipping: largest norm, 0 for none. A norm is over what is collected, projected gradients where there are no
+            others; per layer, clipping makes the step wait for the last tensor.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, per_layer: bool, clipping: float):
+        self.optimizer, self.per_layer, self.clipping = optimizer, per_layer, clipping
+        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self.projected = getattr(optimizer, "projected", {})
+        self.buffers: dict[Tensor, Tensor] = getattr(optimizer, "low_rank_grads", {})
+        self.last = True
+        self.measuring = False
+        self.square: Tensor | float = 0.0
+        self._patch_linears(model)
+        if per_layer:
+            for p in self.groups:
+                p.register_post_accumulate_grad_hook(self._arrived)
+
+    def begin(self, *, measuring: bool) -> None:
+        """Forget the last update; `measuring` keeps the norm of gradients that a per-layer step frees."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.measuring, self.square = measuring, 0.0
+
+    def norm(self) -> Tensor:
+        """The global norm of the update's gradients, clipped to the limit."""
+        left = [p.grad for p in self.groups if p.grad is not None] + list(self.buffers.values())
+        norm = (nn.utils.get_total_norm(left).float().square() + self.square).sqrt()
+        if self.clipping and left:
+            factor = (self.clipping / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(left, factor)
+        return norm
+
+    def step(self) -> None:
+        """Update what has not been updated yet, and free its gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _arrived(self, p: Tensor) -> None:
+        """The hook of per-layer mode: backward has just finished the gradient of a tensor."""
+        if p.grad is None:
+            # a projected linear gave its gradient to the sink
+            return
+        if p in self.projected and not self.optimizer.is_due(p):
+            self.optimizer.accumulate(p, project(p.grad, self.optimizer.bases(p)))
+            p.grad = None
+        self._complete(p)
+
+    def _receive(self, p: Tensor, low_rank_grad: Tensor) -> None:
+        """The sink of a projected linear."""
+        self.optimizer.accumulate(p, low_rank_grad)
+        if self.per_layer:
+            self._complete(p)
+
+    def _complete(self, p: Tensor) -> None:
+        """Step within backward, if this was the last micro-batch and nobody waits for the norm."""
+        if not self.last or self.clipping:
+            return
+        if self.measuring:
+            grad = self.buffers.get(p, p.grad)
+            self.square = self.square + grad.float().square().sum()
+        self.optimizer.step_one(p, self.groups[p])
+        p.grad = None
+
+    def _patch_linears(self, model: nn.Module) -> None:
+        owners: dict[Tensor, list[nn.Module]] = {}
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight in self.projected and self._in_backward(weight):
+                owners.setdefault(weight, []).append(module)
+        for weight, modules in owners.items():
+            # a weight that two modules share has its gradient only when both have added to it
+            if len(modules) == 1 and type(modules[0]) is nn.Linear:
+                modules[0].forward = partial(self._forward, modules[0], weight)
+
+    def _in_backward(self, weight: Tensor) -> bool:
+        """What the group says; if it leaves it open, whether 2 N r (m + n) operations are fewer than 2 N m n, and
+        nobody wants the norm of the full gradients to clip them."""
+        group = self.projected[weight]
+        wanted = group.get("in_backward", False)
+        if wanted is None:
+            wanted = not self.clipping and group["rank"] * sum(weight.shape) < weight.numel()
+        return wanted and weight.dim() == 2
+
+    def _forward(self, module: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or self.optimizer.is_due(weight):
+            return nn.functional.linear(x, weight, module.bias)
+        return projected_linear(x, weight, module.bias, self.optimizer.bases(weight), partial(self._receive, weight))

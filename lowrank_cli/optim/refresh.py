@@ -1,0 +1,161 @@
+"""The refresh of a basis: which subspace the gradient is projected to next, found exactly or cheaply.
+
+Shapes: a gradient G is (m, n); the rank is r; a left basis P is (m, r), a right basis Q is (n, r), orthonormal.
+Everything is computed in float32 (float64 where the first try fails); a gradient whose squares would overflow or
+underflow is scaled first. GaLore, arXiv:2403.03507, Alg. 2, takes `svd`; the other engines find nearly the same
+subspace at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# power iterations: of a randomized start, of a warm one
+COLD_ROUNDS, WARM_ROUNDS = 2, 1
+OVERSAMPLING = 8
+# largest entries between these can be squared and summed in float32
+SAFE = (1e-12, 1e12)
+
+
+def find_basis(
+    grad: Tensor,
+    rank: int,
+    side: str,
+    engine: str = "svd",
+    old: Tensor | None = None,
+    *,
+    seed: int = 0,
+    name: str = "",
+    warn: Callable[[str], None] = lambda _: None,
+) -> Tensor:
+    """The basis of a gradient's leading singular directions.
+
+    A decomposition that fails is tried again in float64 as an eigenproblem; if that fails too, or the gradient is
+    zero, the old basis stays (the first columns of the identity where there is none) and `warn` is told.
+
+    Args:
+        grad: (m, n), any floating dtype.
+        rank: wanted columns; at most min(m, n) exist.
+        side: "left" or "right".
+        engine: one of ENGINES.
+        old: the basis so far, which `subspace` starts from and the cheap engines align to.
+        seed: of the random start.
+        name: of the tensor, for messages.
+        warn: told when the old basis is kept.
+    Returns:
+        (m, r) or (n, r), in the gradient's dtype, in memory of its own.
+    Raises:
+        FloatingPointError: the gradient holds NaN or infinity.
+    """
+    size = grad.shape[0] if side == "left" else grad.shape[1]
+    rank = min(rank, *grad.shape)
+    largest = float(grad.detach().abs().amax().float()) if grad.numel() else 0.0
+    if largest != largest or largest == float("inf"):
+        raise FloatingPointError(f"the gradient of {name or 'a projected tensor'} is not finite at a refresh")
+    matrix = grad.float()
+    if largest and not SAFE[0] < largest < SAFE[1]:
+        matrix = matrix / largest
+    warm = None if old is None or old.shape != (size, rank) else old.float()
+    basis = None
+    if largest:
+        for attempt in (ENGINES[engine], _double):
+            try:
+                basis = attempt(matrix, side, rank, warm, seed)
+            except torch.linalg.LinAlgError:
+                continue
+            if bool(torch.isfinite(basis).all()):
+                break
+            basis = None
+        if basis is None:
+            warn(f"{engine} found no basis for {name or 'a tensor'}: the old one stays")
+    if basis is None:
+        basis = warm if warm is not None else torch.eye(size, rank, device=grad.device)
+    return basis.to(grad.dtype, copy=True).contiguous()
+
+
+def svd(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
+    """U[:, :r] of the whole decomposition, signs and order as it gives them: the reference's trajectory."""
+    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    return u[:, :rank] if side == "left" else vh[:rank].mT
+
+
+def gram(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
+    """Eigenvectors of the smaller of G G^T and G^T G: exact to about the square root of the precision."""
+    matrix = oriented(grad, side)
+    m, n = matrix.shape
+    if m <= n:
+        basis = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(-1)[:, :rank]
+    else:
+        right = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors.flip(-1)[:, :rank]
+        basis = torch.linalg.qr(matrix @ right).Q
+    return align(basis, old)
+
+
+def randomized(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
+    """Range of G Omega after power iterations, cut to its leading directions (Halko et al., arXiv:0909.4061).
+
+    GaLore 2, arXiv:2504.20437, refreshes this way. The random start comes from `seed`, never from the global
+    generator, so that a resumed run draws the same one.
+    """
+    matrix = oriented(grad, side)
+    m, n = matrix.shape
+    width = min(rank + OVERSAMPLING, m, n)
+    # drawn on the CPU: the same numbers on every device
+    start = torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(COLD_ROUNDS):
+        basis = power_iteration(matrix, basis)
+    if width > rank:
+        small = matrix.mT @ basis  # (n, width)
+        basis = basis @ torch.linalg.eigh(small.mT @ small).eigenvectors.flip(-1)[:, :rank]
+    return align(basis, old)
+
+
+def subspace(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
+    """A round of block power iteration from the old basis: orth(G G^T P_old). PowerSGD, arXiv:1905.13727; LDAdam.
+
+    The columns keep their meaning from refresh to refresh, and directions are averaged over history. The first
+    basis, which has nothing to start from, is a randomized one.
+    """
+    if old is None:
+        return randomized(grad, side, rank, None, seed)
+    matrix, basis = oriented(grad, side), old
+    for _ in range(WARM_ROUNDS):
+        basis = power_iteration(matrix, basis)
+    # QR leaves the signs free: a column points where its predecessor did
+    signs = torch.where((basis * old).sum(0) < 0, -1.0, 1.0)
+    return basis * signs
+
+
+def oriented(grad: Tensor, side: str) -> Tensor:
+    """The gradient, turned so that the wanted singular vectors are its left ones."""
+    return grad if side == "left" else grad.mT
+
+
+def power_iteration(matrix: Tensor, basis: Tensor) -> Tensor:
+    """orth(G (G^T P)): one round, O(m n r)."""
+    return torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
+
+
+def align(basis: Tensor, old: Tensor | None) -> Tensor:
+    """The same subspace in the coordinates nearest to the old basis's (orthogonal Procrustes), so that kept moments
+    keep their meaning; unchanged without an old basis."""
+    if old is None:
+        return basis
+    u, _, vh = torch.linalg.svd(basis.mT @ old)
+    return basis @ (u @ vh)
+
+
+def overlap(new: Tensor, old: Tensor) -> float:
+    """The mean squared cosine of the angles between two subspaces: 1 is the same, r / size is chance."""
+    return float((new.float().mT @ old.float()).square().sum()) / new.shape[1]
+
+
+def _double(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
+    return gram(grad.double(), side, rank, None if old is None else old.double(), seed).float()
+
+
+ENGINES = {"svd": svd, "gram": gram, "randomized": randomized, "subspace": subspace}
