@@ -56,10 +56,12 @@ def test_saved_model_is_a_plain_transformers_model(name, lowrank, tiny_flags):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_estimate_is_what_the_optimizer_holds(name, dtype, lowrank, tiny_flags):
-    estimate = train(lowrank, name, tiny_flags, "--dry-run", "--dtype", dtype)
-    result = train(lowrank, name, tiny_flags, "--max-steps", 1, "--dtype", dtype, "--lr", "0.1", "--out", "run")
+def test_estimate_is_what_the_optimizer_holds(name, optimizer, dtype, lowrank, tiny_flags):
+    flags = [*tiny_flags, "--dtype", dtype, "--optimizer", optimizer]
+    estimate = train(lowrank, name, flags, "--dry-run")
+    result = train(lowrank, name, flags, "--max-steps", 1, "--lr", "0.1", "--out", "run")
     assert estimate["optimizer_states_bytes"] == pytest.approx(result["optimizer_state_bytes"], rel=0.05)
 
 
