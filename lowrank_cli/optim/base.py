@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ MOMENTS = ("keep", "rotate", "reset")
 
 # Q-GaLore, arXiv:2407.08296: a basis that stayed this similar twice in a row is refreshed half as often
 CALM_OVERLAP, CALM_REFRESHES = 0.4, 2
+TELL_EVERY_S = 5.0
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -40,6 +42,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def __init__(self, params, defaults: dict):
         super().__init__(params, defaults)
         self.low_rank_grads: dict[Tensor, Tensor] = {}
+        self._refreshed = self._told = 0.0
         projected = [group for group in self.param_groups if "rank" in group]
         for group in projected:
             self._check_group(group)
@@ -155,6 +158,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """New bases from the full gradient, and when the next ones are due."""
         step, gap = state.get("step", 0), state.get("gap", group["update_proj_gap"])
         place, name = self.places[p]
+        self._tell(group["refresh"])
         if p.grad is None:
             raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
         calm, change = True, {}
@@ -181,6 +185,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         # staggered: the first refresh is everyone's, the second spreads them over the gap
         spread = 1 + place * gap // len(self.places) if group["stagger"] and not change else gap
         state["until_refresh"] = spread
+        self._refreshed = time.monotonic()
+
+    def _tell(self, engine: str) -> None:
+        """A line every few seconds while a long series of refreshes runs: an exact SVD of a 7B model takes minutes."""
+        now = time.monotonic()
+        if now - self._refreshed > 1:
+            self._told = now
+        elif now - self._told > TELL_EVERY_S:
+            left = sum(self.is_due(p) for p in self.projected)
+            console.note(f"refreshing bases ({engine}): {left} of {len(self.projected)} to go")
+            self._told = now
 
     def _step_plain(self, params: list[Tensor], group: dict) -> None:
         by_step: dict[int, list[Tensor]] = {}

@@ -147,6 +147,7 @@ def our_step(grads: list[Tensor], bases: list[Tensor] | None, case: Case) -> Cal
         low_rank = (m, case.rank) if m >= n else (case.rank, n)
         optimizer.state[weight] = {
             "step": 1,
+            "until_refresh": NO_REFRESH,
             "basis_right" if m >= n else "basis_left": basis.clone(memory_format=torch.contiguous_format),
             "exp_avg": torch.zeros(low_rank),
             "exp_avg_sq": torch.zeros(low_rank),

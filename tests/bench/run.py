@@ -20,7 +20,7 @@ from comparison import Comparison, Settings, console, machine, measured, show
 from lowrank_cli.run import git_commit
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("optimizer_step", "end_to_end")
+BENCHES = ("optimizer_step", "refresh", "block", "end_to_end")
 # more waiting processes than this when the run begins, and its figures are not worth keeping
 BUSY = 0.5
 
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=positive, help="pairs of measurements (5)")
     parser.add_argument("--steps", type=positive, help="timed steps in each measurement (each bench has its own)")
-    parser.add_argument("--threads", type=positive, help="for training (all cores); a step is timed on one")
+    parser.add_argument("--threads", type=positive, help="for block and end_to_end (all cores); the others take one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every value, the machine and the commit")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, once: does it run? no figures")
     return parser.parse_args()

@@ -16,11 +16,14 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+SWITCHES = ("--offline", "--quiet", "--no-plots")
 
 
 class Meter:
@@ -89,21 +92,21 @@ def flags(problem: dict) -> list[str]:
     }
     if problem["smoke"]:
         values["dataset"] = f"{problem['folder']}/text.jsonl"
-    return ["pretrain", "--offline", "--quiet", *(str(x) for k, v in values.items() for x in (f"--{k}", v))]
+    return ["pretrain", *SWITCHES, *(str(x) for k, v in values.items() for x in (f"--{k}", v))]
 
 
-def prepare(problem: dict) -> dict:
-    """The initial model and the blocks of every step, for the Trainer; fills lowrank's cache on the way."""
+def beginning(problem: dict) -> tuple[Any, Any, Any]:
+    """The configuration, the data and the architecture of `lowrank pretrain`; fills lowrank's cache on the way."""
     from lowrank_cli import config, data
     from lowrank_cli.models import load as models
 
-    folder, steps = Path(problem["folder"]), problem["warmup"] + problem["timed"]
     if problem["smoke"]:
         # forty documents that every Python has
         source = inspect.getsource(inspect) + inspect.getsource(json)
         parts = [source[i : i + 2000] for i in range(0, 80_000, 2000)]
-        (folder / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    given = flags(problem)[3:]
+        lines = "".join(json.dumps({"text": part}) + "\n" for part in parts)
+        (Path(problem["folder"]) / "text.jsonl").write_text(lines)
+    given = [flag for flag in flags(problem)[1:] if flag not in SWITCHES]
     values = {key[2:].replace("-", "_"): value for key, value in zip(given[::2], given[1::2], strict=True)}
     run = config.resolve("pretrain", values, {})
     batches = data.build(
@@ -114,8 +117,6 @@ def prepare(problem: dict) -> dict:
         seed=run.common.seed,
         offline=True,
     )
-    blocks = [b["input_ids"] for _ in range(steps) for b in batches.train.next_update()]  # each (B, T)
-    torch.save(torch.cat(blocks), folder / "blocks.pt")
     tokens = batches.tokenizer
     architecture = models.build_config(
         run.model,
@@ -125,6 +126,17 @@ def prepare(problem: dict) -> dict:
         pad_token_id=tokens.pad_token_id,
         max_length=run.data.max_length,
     )
+    return run, batches, architecture
+
+
+def prepare(problem: dict) -> dict:
+    """The initial model and the blocks of every step, for the Trainer; fills lowrank's cache on the way."""
+    from lowrank_cli.models import load as models
+
+    folder, steps = Path(problem["folder"]), problem["warmup"] + problem["timed"]
+    run, batches, architecture = beginning(problem)
+    blocks = [b["input_ids"] for _ in range(steps) for b in batches.train.next_update()]  # each (B, T)
+    torch.save(torch.cat(blocks), folder / "blocks.pt")
     options = {"dtype": torch.float32, "device": "cpu", "seed": run.common.seed, "offline": True}
     models.load(run.model, config=architecture, **options).save_pretrained(folder / "initial")
     return {}
@@ -139,6 +151,8 @@ def lowrank(problem: dict) -> dict:
     if problem["method"] == "galore":
         for key in ("rank", "update_proj_gap", "scale"):
             method += [f"--galore-{key.replace('_', '-')}", str(problem[key])]
+    if problem.get("per_layer"):
+        method.append("--per-layer")
     with tempfile.TemporaryDirectory(dir=problem["folder"]) as out:
         code = main([*flags(problem), *method, "--out", out])
         if code:

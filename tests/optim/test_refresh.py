@@ -153,3 +153,18 @@ def test_warm_start_improves_on_a_flat_spectrum():
         shares.append(kept(grad, basis, "left"))
     assert shares == sorted(shares)
     assert shares[-1] > 0.9
+
+
+def test_a_long_series_of_refreshes_says_how_far_it_is(monkeypatch):
+    from lowrank_cli import GaLoreAdamW
+    from lowrank_cli.optim import base
+
+    said = []
+    monkeypatch.setattr(base.console, "note", said.append)
+    monkeypatch.setattr(base, "TELL_EVERY_S", 0.0)
+    weights = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(4)]
+    optimizer = GaLoreAdamW([{"params": weights, "rank": 2}], lr=1e-3)
+    for weight in weights:
+        weight.grad = torch.randn(6, 4)
+    optimizer.step()
+    assert said == [f"refreshing bases (svd): {left} of 4 to go" for left in (3, 2, 1)]
