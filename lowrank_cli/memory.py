@@ -29,7 +29,7 @@ def estimate(
     for group in groups:
         for name, p in group["params"]:
             trained.add(name)
-            memory = by_name.get(group["role"], plain).memory(tuple(p.shape), dtype_bytes, optimizer)
+            memory = by_name.get(group["role"], plain).memory(tuple(p.shape), dtype_bytes, optimizer, group)
             items["weights"] += memory.weights
             items["gradients"] += memory.gradients
             items["optimizer states"] += memory.states

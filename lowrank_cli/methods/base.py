@@ -68,7 +68,9 @@ class Method:
     def merge(self, model: nn.Module) -> None:
         """Turn the model into a plain Transformers model, in place."""
 
-    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw") -> Memory:
-        """Bytes of training one targeted weight of this shape with an update rule."""
+    def memory(
+        self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw", group: dict | None = None
+    ) -> Memory:
+        """Bytes of training one targeted weight of this shape with an update rule; `group` is its tagged group."""
         size = math.prod(shape) * dtype_bytes
         return Memory(weights=size, gradients=size, states=state_bytes(optimizer, shape))

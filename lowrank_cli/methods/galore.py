@@ -79,6 +79,10 @@ class GaLore(Method):
         targeted = {f"{name}.weight" for name in select(model, None)}
         tagged, clamped = [], set()
         for group in groups:
+            if group["role"] != "full":
+                # another method has made this gradient small already
+                tagged.append(group)
+                continue
             by_rank: dict[int, list] = {}
             for name, p in group["params"]:
                 if name in targeted and p.dim() == 2:
@@ -103,7 +107,9 @@ class GaLore(Method):
         """The rank for an (m, n) weight: the configured one, at most the shorter side."""
         return min(self.config.rank or max(1, min(shape) // 4), *shape)
 
-    def memory(self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw") -> Memory:
+    def memory(
+        self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw", group: dict | None = None
+    ) -> Memory:
         from lowrank_cli.optim.projection import sides
 
         # paper, Table 1: m r for the basis and 2 n r for the moments, m the shorter side

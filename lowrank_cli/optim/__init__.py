@@ -42,7 +42,11 @@ def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
     else:
         parameters = [p for group in groups for _, p in group["params"]]
         # torch's keeps moments in the weight's dtype, ours in float32: both sides of a comparison get the same
-        own = config.per_layer or any(p.element_size() < 4 for p in parameters) or any("rank" in g for g in groups)
+        own = (
+            config.per_layer
+            or any(p.element_size() < 4 for p in parameters)
+            or any("rank" in g or "num_groups" in g for g in groups)
+        )
         if not own:
             from torch.optim import AdamW
 

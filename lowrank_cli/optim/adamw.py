@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.optim.base import ProjectedOptimizer
+from lowrank_cli.optim.factored import factored_adamw_
 from lowrank_cli.optim.projection import project
 
 
@@ -128,6 +129,20 @@ class GaLoreAdamW(ProjectedOptimizer):
             betas=group["betas"],
             eps=group["eps"],
             correct_bias=group["correct_bias"],
+        )
+
+    def _factored_rule(self, p: Tensor, factor: Tensor, state: dict, group: dict, vector: Tensor) -> None:
+        (beta1, beta2), step = group["betas"], state["step"]
+        state["exp_avg"].lerp_(factor, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(factor, factor, value=1 - beta2)
+        corrections = (1 - beta1**step, 1 - beta2**step) if group["correct_bias"] else (1.0, 1.0)
+        factored_adamw_(
+            p,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            vector,
+            step_size=group["lr"] * math.sqrt(corrections[1]) / corrections[0],
+            eps=group["eps"],
         )
 
     def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli import console
+from lowrank_cli.optim.factored import factored_sign_
 from lowrank_cli.optim.projection import expand_add_, expand_add_rounded_, project, sides, stochastic_round, unfold
 from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
 
@@ -47,6 +48,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for group in projected:
             self._check_group(group)
         self.projected = {p: group for group in projected for p in group["params"]}
+        # weights whose gradient is F (x) v, with what tells v: VeLoRA's
+        self.factored = {p for group in self.param_groups if "num_groups" in group for p in group["params"]}
+        self.vectors: dict[Tensor, Callable[[], Tensor]] = {}
         self.sides = {p: sides(p.shape, group["proj_type"]) for p, group in self.projected.items()}
         # (position among the projected tensors, name): for staggering, seeds and messages
         names = (n for g in projected for n in g.get("param_names", [""] * len(g["params"])))
@@ -85,6 +89,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Takes the moments to the coordinates of a new basis; `change` holds old^T new for each side."""
         raise NotImplementedError
 
+    def _factored_rule(self, p: Tensor, factor: Tensor, state: dict, group: dict, vector: Tensor) -> None:
+        """The rule on F, taken to the weight: right for any rule that does not depend on the gradient's scale."""
+        update = torch.zeros_like(factor)
+        self._rule([update], [factor], [state], group, [p])
+        factored_sign_(p, update, vector)
+
     # ---- the step
 
     @torch.no_grad()
@@ -95,7 +105,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if "rank" in group:
+            if "rank" in group or "num_groups" in group:
                 for p in group["params"]:
                     self.step_one(p, group)
             else:
@@ -108,6 +118,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if p in self.projected:
             if p.grad is not None or p in self.low_rank_grads:
                 self._step_projected(p, group)
+        elif p in self.factored:
+            if p in self.low_rank_grads:
+                self._step_factored(p, group)
         elif p.grad is not None:
             self._step_plain([p], group)
 
@@ -152,6 +165,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             expand_add_rounded_(p, update, bases, alpha=group["scale"])
         else:
             expand_add_(p, update, bases, alpha=group["scale"])
+        self._decay([p], group)
+
+    def _step_factored(self, p: Tensor, group: dict) -> None:
+        state, factor = self.state[p], self.low_rank_grads.pop(p)
+        if not state:
+            state["step"] = 0
+            self._init_state(state, factor, group)
+        state["step"] += 1
+        self._factored_rule(p, factor, state, group, self.vectors[p]())
         self._decay([p], group)
 
     def _refresh(self, p: Tensor, state: dict, group: dict) -> None:

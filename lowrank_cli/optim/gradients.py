@@ -92,6 +92,11 @@ class Gradients:
         owners: dict[Tensor, list[nn.Module]] = {}
         for module in model.modules():
             weight = getattr(module, "weight", None)
+            layer = getattr(module, "factored_gradient", None)
+            if layer is not None and "num_groups" in self.groups.get(weight, {}):
+                # a method has wrapped this linear: its gradient comes as the factor of a vector that the layer knows
+                layer.sink = partial(self._receive, weight)
+                self.optimizer.vectors[weight] = layer.current_vector
             if isinstance(weight, Tensor) and weight in self.projected and self._in_backward(weight):
                 owners.setdefault(weight, []).append(module)
         for weight, modules in owners.items():

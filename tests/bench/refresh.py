@@ -1,4 +1,4 @@
-"""A basis found by each engine against `torch.linalg.svd` as galore-torch calls it, on real gradients: time and energy.
+"""A basis found by each engine against `torch.linalg.svd` as galore-torch calls it, on real gradients: time, energy.
 
 A LLaMA of 60M's layer shapes, two layers deep, is trained on the standard library's text with AdamW, one thread. The
 gradients are those of its last layer at the end. The engines start from a basis of the gradient some updates before,

@@ -1,0 +1,67 @@
+"""A linear layer that keeps one number for each group of input features, and a gradient in factored form.
+
+Shapes: x is (..., D), the weight (m, D), N tokens; D = G * M: G groups (sub-tokens) of M features; v is (M,), unit.
+
+    zp = x.view(..., G, M) @ v     (N, G), saved instead of x
+    F  = scale * dY^T zp           (m, G)
+    dW = F (x) v                   dW[o, g M + j] = F[o, g] v[j], never formed
+
+VeLoRA, arXiv:2405.17991, Alg. 1. The authors' code rebuilds x from zp in backward and forms a weight-sized gradient
+for every sample; the factored form is the same gradient in 1/M of the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compress(x: Tensor, vector: Tensor) -> Tensor:
+    """The coordinates of every group of features along the vector: (..., D) and (M,) to (..., G)."""
+    return x.unflatten(-1, (-1, vector.shape[0])) @ vector.to(x.dtype)
+
+
+def velora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, vector: Tensor, scale: float,
+    sink: Callable[[Tensor], None] | None,
+) -> Tensor:  # fmt: skip
+    """x W^T + b, exact; backward works from `kept` alone.
+
+    Args:
+        x: (..., D).
+        weight: (m, D).
+        bias: (m,) or None.
+        kept: zp, (..., G), as `compress` returns.
+        vector: v, (M,).
+        scale: factor of the weight's gradient.
+        sink: called in backward with F (m, G); without one the weight gets the dense gradient F (x) v.
+    Returns:
+        (..., m).
+    """
+    return _VeLoRALinear.apply(x, weight, bias, kept, vector, scale, sink)
+
+
+class _VeLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, kept, vector, scale, sink):
+        ctx.save_for_backward(kept, weight, vector)
+        ctx.scale, ctx.sink = scale, sink
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        kept, weight, vector = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        flat = dy.flatten(0, -2)  # (N, m)
+        dbias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        factor = (flat.mT @ kept.flatten(0, -2)).mul_(ctx.scale)  # (m, G)
+        dense = None
+        if ctx.sink is not None:
+            ctx.sink(factor)
+        elif ctx.needs_input_grad[1]:
+            dense = (factor.unsqueeze(-1) * vector.to(factor.dtype)).flatten(1)
+        return dx, dense, dbias, None, None, None, None

@@ -1,0 +1,253 @@
+"""VeLoRA: the factored gradient and Adam against reconstruction and dense Adam, and what is really kept."""
+
+import json
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors.torch import load_file
+from torch import nn
+
+from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_cli.models.velora_layer import Compressor
+from lowrank_cli.models.velora_layer import VeLoRA as Layer
+from lowrank_cli.optim.gradients import Gradients
+
+
+def paper_gradient(x, dy, vector, num_groups, scale):
+    """The paper's Algorithm 1 as it stands: rebuild the input, then an ordinary weight gradient."""
+    z = x.reshape(-1, x.shape[-1] // num_groups)
+    rebuilt = ((z @ vector)[:, None] * vector).reshape(-1, x.shape[-1])
+    return scale * dy.reshape(-1, dy.shape[-1]).mT @ rebuilt
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 9), size=st.integers(1, 7), out=st.integers(1, 11), tokens=st.integers(1, 13),
+    scale=st.sampled_from([0.1, 1.0, 1.5]), bias=st.booleans(), factored=st.booleans(),
+)  # fmt: skip
+def test_backward_is_the_papers_reconstruction(groups, size, out, tokens, scale, bias, factored):
+    torch.manual_seed(0)
+    linear = nn.Linear(groups * size, out, bias=bias).double()
+    plain = nn.Linear(groups * size, out, bias=bias).double()
+    plain.load_state_dict(linear.state_dict())
+    layer = Layer(linear, Compressor(groups, "batch_average_once", 0), scale)
+    received = []
+    if factored:
+        layer.sink = received.append
+    x = torch.randn(2, tokens, groups * size, dtype=torch.float64, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    dy = torch.randn(2, tokens, out, dtype=torch.float64)
+    y, y2 = linear(x), plain(x2)
+    assert torch.equal(y, y2)
+    y.backward(dy)
+    y2.backward(dy)
+    assert torch.allclose(x.grad, x2.grad)
+    vector = layer.current_vector().double()
+    assert float(vector.norm()) == pytest.approx(1, abs=1e-6)
+    expected = paper_gradient(x.detach(), dy, vector, groups, scale)
+    dense = (received[0].unsqueeze(-1) * vector).flatten(1) if factored else linear.weight.grad
+    assert torch.allclose(dense, expected, rtol=1e-6, atol=1e-8)
+    if factored:
+        assert linear.weight.grad is None
+        assert float(received[0].norm()) == pytest.approx(float(expected.norm()), rel=1e-6)
+    if bias:
+        assert torch.allclose(linear.bias.grad, plain.bias.grad)
+
+
+def test_the_vector_is_the_first_batchs_mean_and_then_stays():
+    compressor = Compressor(4, "batch_average_once", 0)
+    compressor.users = 1
+    first, second = torch.randn(5, 12) + 1, torch.randn(5, 12)
+    kept, vector = compressor(first)
+    mean = first.reshape(-1, 3).mean(0)
+    assert torch.allclose(vector, mean / mean.norm())
+    assert torch.allclose(kept, first.reshape(5, 4, 3) @ vector, atol=1e-6)
+    assert torch.equal(compressor(second)[1], vector)
+
+
+def test_other_vectors():
+    x, y = torch.randn(50, 12) + 1, torch.randn(50, 12) - 2
+
+    def vector(init, *batches):
+        compressor = Compressor(4, init, 7)
+        compressor.users = 1
+        return [compressor(b)[1] for b in batches][-1]
+
+    def unit(t):
+        return t / t.norm()
+
+    mean_x, mean_y = (unit(t.reshape(-1, 3).mean(0)) for t in (x, y))
+    assert torch.allclose(vector("batch_average", x, y), mean_y)
+    assert torch.allclose(vector("ema_0.9", x, y), unit(0.9 * mean_x + 0.1 * mean_y), atol=1e-6)
+    assert torch.equal(vector("random", x), vector("random", y))
+    leading = torch.linalg.svd(x.reshape(-1, 3)).Vh[0]
+    assert abs(float(vector("svd", x, y) @ leading)) == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(vector("batch_average_once", torch.zeros(5, 12)), torch.full((3,), 3**-0.5))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_factored_adam_is_dense_adam_over_100_steps(weight_decay, per_layer):
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 10, bias=False).double()
+    dense = nn.Parameter(linear.weight.detach().clone())
+    layer = Layer(linear, Compressor(6, "random", 0), 1.5)
+    group = {"params": [("weight", linear.weight)], "num_groups": 6}
+    optimizer = GaLoreAdamW([group], lr=1e-2, eps=1e-8, weight_decay=weight_decay)
+    gradients = Gradients(linear, optimizer, per_layer=per_layer, clipping=0.0)
+    reference = GaLoreAdamW([dense], lr=1e-2, eps=1e-8, weight_decay=weight_decay)
+    for _ in range(100):
+        gradients.begin(measuring=False)
+        dense.grad = torch.zeros_like(dense)
+        for i in range(2):
+            x, dy = torch.randn(7, 24).double(), torch.randn(7, 10).double()
+            gradients.last = i == 1
+            linear(x.requires_grad_()).backward(dy)
+            dense.grad += paper_gradient(x.detach(), dy, layer.current_vector().double(), 6, 1.5)
+        gradients.step()
+        reference.step()
+    assert linear.weight.grad is None
+    assert float((linear.weight - dense).detach().norm() / dense.detach().norm()) < 1e-5
+
+
+@pytest.mark.parametrize("make", [
+    lambda params: GaLoreAdamW8bit(params, lr=1e-2, weight_decay=0.0, min_8bit_size=1),
+    lambda params: GaLoreAdafactor(params, lr=1e-2, scale_parameter=False, relative_step=False),
+], ids=["adamw8bit", "adafactor"])  # fmt: skip
+def test_other_rules_on_the_factor_are_their_dense_selves(make):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32, bias=False)
+    dense = nn.Parameter(linear.weight.detach().clone())
+    layer = Layer(linear, Compressor(16, "random", 0), 1.0)
+    optimizer = make([{"params": [("weight", linear.weight)], "num_groups": 16}])
+    gradients, reference = Gradients(linear, optimizer, per_layer=False, clipping=0.0), make([dense])
+    start = dense.detach().clone()
+    for _ in range(20):
+        x, dy = torch.randn(40, 64), torch.randn(40, 32)
+        linear(x.requires_grad_()).backward(dy)
+        dense.grad = paper_gradient(x.detach(), dy, layer.current_vector(), 16, 1.0)
+        gradients.step()
+        reference.step()
+    moved = float((dense - start).detach().norm())
+    assert float((linear.weight - dense).detach().norm()) < 0.06 * moved
+
+
+def test_only_the_projections_are_kept_for_backward():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(64, 48, bias=False) for name in "qkv"})
+    shared = Compressor(8, "batch_average_once", 0)
+    for module in model.values():
+        Layer(module, shared, 1.0).sink = lambda factor: None
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in model.parameters()}:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = torch.randn(5, 20, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = [module(x) for module in model.values()]
+    # one projection of 8 numbers a token for the three of them, and the vector: the input itself is not kept
+    assert sum(kept.values()) == 100 * 8 * 4 + 8 * 4
+    sum(y.sum() for y in outputs).backward()
+    assert x.grad is not None
+    assert shared._last is None
+
+
+def run(lowrank, out, flags, *more):
+    code, _, err = lowrank("pretrain", *flags, *more, "--out", out)
+    assert code == 0, err
+    return load_file(Path(out, "model", "model.safetensors"))
+
+
+def largest_difference(a, b):
+    return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm()) for k in b)
+
+
+VELORA = ["--method", "velora", "--max-steps", 10, "--eps", 1e-6]
+
+
+@pytest.mark.parametrize("mode", [["--per-layer"], ["--activation-checkpointing"], []])
+def test_accumulation_and_modes_change_nothing(mode, lowrank, tiny_flags):
+    # a fixed vector: one of the first micro-batch would be another one with other micro-batches
+    flags = [*tiny_flags, *VELORA, "--velora-init", "random", "--velora-layers", "qkvd", "--total-batch-size", 8]
+    whole = run(lowrank, "whole", flags, "--batch-size", 8)
+    parts = run(lowrank, "parts", flags, *mode, "--batch-size", 2)
+    assert largest_difference(parts, whole) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["velora", "galore+velora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+def test_resume_is_bit_identical(method, optimizer, lowrank, tiny_flags):
+    flags = [*tiny_flags, "--method", method, "--optimizer", optimizer, "--max-steps", 12, "--save-every", 6]
+    whole = run(lowrank, "run", flags)
+    assert lowrank("pretrain", "--resume", "run/checkpoints/step-000006")[0] == 0
+    again = load_file("run/model/model.safetensors")
+    assert all(whole[key].equal(again[key]) for key in whole)
+
+
+def test_galore_takes_what_velora_leaves(lowrank, tiny_flags):
+    run(lowrank, "run", [*tiny_flags, "--method", "galore+velora", "--max-steps", 2])
+    roles = {row["name"].split(".")[-2]: row["role"] for row in json.loads(Path("run/targets.json").read_text())}
+    assert {n for n, role in roles.items() if role == "velora"} == {"v_proj", "down_proj"}
+    assert {n for n, role in roles.items() if role == "galore"} == {
+        "q_proj",
+        "k_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    }
+
+
+def test_says_what_is_really_freed(lowrank, tiny_flags):
+    code, _, _ = lowrank("pretrain", *tiny_flags, *VELORA, "--out", "run")
+    assert code == 0
+    why = {
+        row["name"].split(".")[-2]: row["why"]
+        for row in json.loads(Path("run/targets.json").read_text())
+        if row["role"] == "velora"
+    }
+    assert why == {"v_proj": "frees nothing: q_proj and k_proj keep the same input",
+                   "down_proj": "keeps 8 of 88 numbers a token"}  # fmt: skip
+
+
+def test_optimizer_state_is_an_eighth_or_less(lowrank, tiny_flags):
+    run(lowrank, "run", [*tiny_flags, *VELORA])
+    state = load_file("run/checkpoints/step-000010/optimizer.safetensors")
+    for name, shape in (("self_attn.v_proj", (32, 32)), ("mlp.down_proj", (32, 88))):
+        held = sum(t.nbytes for k, t in state.items() if k.startswith(f"model.layers.0.{name}."))
+        assert held <= 8 * shape[0] * shape[1] / 8
+
+
+@pytest.mark.parametrize(("flags", "parts"), [
+    (["--velora-num-groups", "5"], ["--velora-num-groups 5 does not divide the 32 features", "nearest: 4, 8"]),
+    (["--velora-group-size", "7"], ["--velora-group-size 7 does not divide"]),
+    (["--velora-num-groups", "4,4,4"], ["3 numbers for 2 kinds of layers", "v d"]),
+    (["--velora-layers", "x"], ["--velora-layers x", "q_proj"]),
+    (["--velora-init", "best"], ["--velora-init is 'best'", "batch_average_once"]),
+    (["--velora-init", "ema_2"], ["--velora-init is 'ema_2'"]),
+    (["--velora-init", "ema_0.9", "--activation-checkpointing"], ["moves its vector again"]),
+])  # fmt: skip
+def test_bad_settings(flags, parts, lowrank, tiny_flags):
+    code, _, err = lowrank("pretrain", *tiny_flags, "--method", "velora", *flags)
+    assert code == 2, err
+    for part in parts:
+        assert part in err
+    assert not Path("runs").exists()
+
+
+def test_wraps_bert_like_models():
+    from transformers import BertConfig, BertModel
+
+    from lowrank_cli import methods
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50
+    )
+    method = methods.get("velora")(methods.get("velora").Config())
+    names = {name.split(".", 2)[2] for name in method.targets(BertModel(config))}
+    assert names == {"0.attention.self.value", "0.output.dense"}
