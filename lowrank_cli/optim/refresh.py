@@ -52,7 +52,8 @@ def find_basis(
     """
     size = grad.shape[0] if side == "left" else grad.shape[1]
     rank = min(rank, *grad.shape)
-    largest = float(grad.detach().abs().amax().float()) if grad.numel() else 0.0
+    low, high = torch.aminmax(grad.detach())
+    largest = float(torch.maximum(-low, high).float())
     if largest != largest or largest == float("inf"):
         raise FloatingPointError(f"the gradient of {name or 'a projected tensor'} is not finite at a refresh")
     matrix = grad.float()
