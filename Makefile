@@ -2,29 +2,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# what the command needs, and what its tests need besides
+INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
 
-.PHONY: demo test test-slow check bench docs clean
+.PHONY: demo test test-slow check bench clean
 
-demo: $(STAMP)  ## train a small LLaMA with GaLore on real text, about two minutes on two cores
+demo: $(INSTALLED)  ## train a small LLaMA with GaLore on real text, about two minutes on two cores
 	$(BIN)/lowrank pretrain --method galore
 
-test: $(STAMP)  ## every test but the long ones
+test: $(TESTABLE)  ## every test but the long ones
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
-test-slow: $(STAMP)  ## the long ones too
+test-slow: $(TESTABLE)  ## the long ones too
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu"
 
-check: $(STAMP)  ## style
+check: $(TESTABLE)  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP)  ## ratios against a peer, measured in alternation within one run
+bench: $(TESTABLE)  ## ratios against a peer, measured in alternation within one run
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/run.py
 
-$(STAMP): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(TESTABLE): $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 

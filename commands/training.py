@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_cli import config, console
 from lowrank_cli.config import Invocation, RunConfig
-from lowrank_cli.errors import INTERRUPTED, Interrupted, LowrankError, MissingError, UsageError
+from lowrank_cli.errors import FAILED, INTERRUPTED, Interrupted, LowrankError, MissingError, UsageError
 from lowrank_cli.run import RunDir
 
 # settings that change neither the weights nor their order of updates, so that a resumed run may have others
@@ -58,6 +58,8 @@ def train(session: Any, resolved: RunConfig, folder: RunDir, start: Path | None)
     common = {"command": resolved.command, "method": resolved.method, "seed": resolved.common.seed}
     folder.start(**common, resumed_from=str(start) if start else None)
     console.note(f"run {folder.path}")
+    from safetensors import SafetensorError
+
     try:
         from lowrank_cli.train.loop import fit
 
@@ -74,6 +76,13 @@ def train(session: Any, resolved: RunConfig, folder: RunDir, start: Path | None)
     except LowrankError as error:
         folder.finish("failed", error=error.message, exit_code=error.exit_code)
         raise
+    except (OSError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        folder.finish("failed", error=text, exit_code=FAILED)
+        raise LowrankError(
+            f"could not write to {folder.path}: {text}",
+            f"make room, then go on with: lowrank {resolved.command} --resume {folder.path}",
+        ) from None
     except BaseException as error:
         folder.finish("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
         raise
@@ -111,7 +120,9 @@ def find_resumed(call: Invocation) -> tuple[RunDir | None, Path | None]:
 def check_same(folder: RunDir, resolved: RunConfig) -> None:
     """A resumed run has the settings that it began with; raises UsageError listing those that differ."""
     path = folder.path / "config.yaml"
-    began, wanted = config.read_yaml(path), resolved.flat()
+    # through today's defaults: a setting that came after the run is no difference
+    began = config.resolve(resolved.command, {}, {}, config_file=str(path)).flat()
+    wanted = resolved.flat()
     differing = [
         f"{key}: {began.get(key)} -> {wanted.get(key)}"
         for key in sorted(began | wanted)

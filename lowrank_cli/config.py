@@ -5,6 +5,8 @@ defaults for the model, a preset (``lowrank_cli/presets/NAME.yaml``), a YAML fil
 plain settings at the top, a method's settings under the method's name.
 """
 
+import operator
+import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -22,6 +24,8 @@ def option(
     choices: tuple = (),
     min: float | None = None,
     above: float | None = None,
+    max: float | None = None,
+    below: float | None = None,
     count: bool = False,
 ) -> Any:
     """A configuration field.
@@ -33,10 +37,14 @@ def option(
         choices: the allowed values.
         min: the smallest allowed value.
         above: the value must be larger than this.
+        max: the largest allowed value.
+        below: the value must be smaller than this.
         count: accept 100K, 1.5M, 2B.
     """
-    checks = {"help": help, "flag": flag, "choices": choices, "min": min, "above": above, "count": count}
-    return field(default=default, metadata=checks)
+    limits = {"min": min, "above": above, "max": max, "below": below}
+    return field(
+        default=default, metadata={"help": help, "flag": flag, "choices": choices, "count": count, "limits": limits}
+    )
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,8 @@ class OptimConfig:
     per_layer: bool = option(False, "update each tensor within backward and free its gradient at once")
     stochastic_rounding: bool = option(False, "round bfloat16 weights up or down at random, so that no update is lost")
     lr: float = option(1e-3, "peak learning rate", above=0)
-    beta1: float = option(0.9, "decay of the first moment", min=0)
-    beta2: float = option(0.999, "decay of the second moment", min=0)
+    beta1: float = option(0.9, "decay of the first moment", min=0, below=1)
+    beta2: float = option(0.999, "decay of the second moment", min=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", min=0)
     weight_decay: float = option(0.0, "decoupled weight decay, on matrices only", min=0)
     grad_clipping: float = option(0.0, "largest global gradient norm; 0 is off", min=0)
@@ -110,7 +118,7 @@ class OptimConfig:
         choices=("linear", "cosine", "cosine_restarts", "constant"),
     )
     warmup_steps: int | None = option(None, "linear warm-up; a tenth of the run unless given", min=0)
-    min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak", min=0)
+    min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak", min=0, max=1)
     num_cycles: int = option(4, "cycles of cosine_restarts", min=1)
 
 
@@ -144,7 +152,7 @@ class EvalConfig:
 class CommonConfig:
     """Run"""
 
-    seed: int = option(0, "of the weights, the data order and every random draw", min=0)
+    seed: int = option(0, "of the weights, the data order and every random draw", min=0, max=2**64 - 1)
     device: str = option("auto", "cpu, cuda or cuda:1; auto takes a GPU if there is one")
     offline: bool = option(False, "never touch the network")
 
@@ -168,6 +176,14 @@ class Invocation:
     verbose: bool = option(False, "more detail", flag="verbose/-v")
 
 
+LIMITS = {
+    "min": (operator.ge, "at least"),
+    "above": (operator.gt, "larger than"),
+    "max": (operator.le, "at most"),
+    "below": (operator.lt, "smaller than"),
+}
+# settings that name a file, a folder or a hub id, by field
+LINKED = ("name", "model_config", "continue_from", "tokenizer")
 SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -226,7 +242,8 @@ def coerce(cls, f, value: Any, name: str) -> Any:
             if not isinstance(value, bool):
                 raise ValueError
         elif kind is int:
-            if isinstance(value, bool) or int(value) != float(value):
+            # not by way of float: a seed may be too large for one
+            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
                 raise ValueError
             value = int(value)
         elif kind is float:
@@ -234,17 +251,20 @@ def coerce(cls, f, value: Any, name: str) -> Any:
                 raise ValueError
             value = float(value)
         else:
+            # YAML reads an unquoted no as false and 2024-01-01 as a date
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise ValueError
             value = str(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a text")
         raise UsageError(f"{name} is {value!r}", f"{name} takes {wanted}: {checks['help']}") from None
     if checks["choices"] and value not in checks["choices"]:
         raise UsageError(f"{name} is {value!r}", f"{name} takes one of: {', '.join(map(str, checks['choices']))}")
     finite = not isinstance(value, float) or abs(value) < float("inf")
-    if checks["min"] is not None and not (finite and value >= checks["min"]):
-        raise UsageError(f"{name} is {value}", f"{name} must be at least {checks['min']}")
-    if checks["above"] is not None and not (finite and value > checks["above"]):
-        raise UsageError(f"{name} is {value}", f"{name} must be larger than {checks['above']}")
+    for limit, (holds, words) in LIMITS.items():
+        bound = checks["limits"][limit]
+        if bound is not None and not (finite and holds(value, bound)):
+            raise UsageError(f"{name} is {value}", f"{name} must be {words} {bound}")
     return value
 
 
@@ -265,7 +285,7 @@ def parse_bytes(text: str) -> int:
     unit = next((u for u in units if upper.endswith(u)), "")
     try:
         return int(float(upper[: len(upper) - len(unit)]) * units.get(unit, 1))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(f"--memory-budget is {text!r}", "write it as 24GB or 800MB") from None
 
 
@@ -288,26 +308,37 @@ def resolve(
     Returns:
         The frozen configuration: defaults < method's defaults < preset < YAML < flags.
     Raises:
-        UsageError: an unknown key, method or preset, or a value out of range.
+        UsageError: an unknown key, method or preset, a value out of range, or settings that a method cannot have.
     """
     layers = []
     if preset is not None:
         layers.append((read_yaml(preset_path(preset)), f"preset {preset}"))
     if config_file is not None:
         layers.append((read_yaml(Path(config_file)), config_file))
+    known = {"command", "method"} | {key_of(f) for cls in SECTIONS.values() for f in fields(cls)}
     merged, method_merged = {}, {}
     typed = given.get("method")
-    for layer, _ in layers:
+    for layer, where in layers:
         # --preset NAME --method full is the recipe's baseline: the settings of the method that it replaces go
-        if typed is not None and layer.get("method", typed) != typed:
-            for name in set(str(layer["method"]).split("+")) - set(str(typed).split("+")):
-                layer.pop(name, None)
+        replaced = set() if typed is None else set(str(layer.get("method", typed)).split("+")) - set(typed.split("+"))
+        for name in replaced:
+            layer.pop(name, None)
+        if replaced and where != config_file:
+            # the recipe chose these for its method; who wrote them in a file of their own meant them
+            for key in ("lr", "eps"):
+                layer.pop(key, None)
     for layer, where in [*layers, ({k: v for k, v in given.items() if v is not None}, "")]:
         for key, value in layer.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and key not in known:
                 method_merged.setdefault(methods.check_name(key), {}).update(
                     {k: (v, f"{key}.{k} in {where}") for k, v in value.items()}
                 )
+            elif key in methods.names():
+                # nothing below the name: no settings
+                if value is not None:
+                    raise UsageError(
+                        f"{key} in {where} is {value!r}", f"write the settings of {key} below it, indented, one a line"
+                    )
             else:
                 merged[key] = (value, f"{key} in {where}" if where else f"--{key.replace('_', '-')}")
     for name, values in method_given.items():
@@ -320,13 +351,20 @@ def resolve(
             f"{config_file or preset} is for `lowrank {merged['command'][0]}`, not `lowrank {command}`",
             f"type: lowrank {merged['command'][0]} --config {config_file}",
         )
-    method = str(merged.get("method", ("full",))[0])
+    method, where = merged.get("method", ("full", ""))
+    if not isinstance(method, str):
+        raise UsageError(f"{where} is {method!r}", f"methods: {', '.join(methods.names())}")
     parts = methods.compose(method, command)
-    known = {"command", "method"} | {key_of(f) for cls in SECTIONS.values() for f in fields(cls)}
     for key, (_, where) in merged.items():
         if key not in known:
             raise unknown("setting", key, known | {p.name for p in parts}, where.partition(" in ")[2])
 
+    for cls in SECTIONS.values():
+        for f in fields(cls):
+            if f.name in LINKED and key_of(f) in merged:
+                value, where = merged[key_of(f)]
+                value = coerce(cls, f, value, where)
+                merged[key_of(f)] = (value if value is None else unlinked(value), where)
     model = merged.get("model", (None, ""))[0]
     if command == "pretrain" and model is None and not any(k in merged for k in ("model_config", "continue_from")):
         merged["model"], model = ("llama-9m", "--model"), "llama-9m"
@@ -340,14 +378,20 @@ def resolve(
         name = sorted(unused)[0]
         raise UsageError(f"settings of {name} are given, but the method is {method}", f"add --method {name}")
 
-    for key in ("model", "continue_from"):
-        # runs/latest will point elsewhere as soon as this run begins
-        value, where = merged.get(key, (None, ""))
-        if value is not None and Path(value).is_symlink():
-            merged[key] = (str(Path(value).parent / Path(value).readlink()), where)
     sections = {name: build(cls, merged) for name, cls in SECTIONS.items()}
     configs = {p.name: build(p.Config, method_merged.get(p.name, {}), kind=f"setting of {p.name}") for p in parts}
-    return RunConfig(command=command, method="+".join(p.name for p in parts), methods=configs, **sections)
+    run = RunConfig(command=command, method="+".join(p.name for p in parts), methods=configs, **sections)
+    for part in parts:
+        part(configs[part.name]).check(run)
+    return run
+
+
+def unlinked(path: str) -> str:
+    """The path past its symbolic links, relative if it was: runs/latest points elsewhere once a new run begins."""
+    given = Path(path)
+    if not any(p.is_symlink() for p in (given, *given.parents)):
+        return path
+    return str(given.resolve()) if given.is_absolute() else os.path.relpath(given.resolve())
 
 
 def build(cls, values: dict[str, tuple[Any, str]], kind: str = "") -> Any:
@@ -377,6 +421,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend the file") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no settings", "write one `key: value` a line, such as `method: galore`")
+    nested = [value for value in content.values() if isinstance(value, dict)]
+    for key in (key for mapping in (content, *nested) for key in mapping):
+        if not isinstance(key, str):
+            raise UsageError(f"{path} has the key {key!r}, which is no setting's name", "mend the file")
     return content
 
 
@@ -391,3 +439,8 @@ def preset_path(name: str) -> Path:
 def preset_names() -> dict[str, Path]:
     """Every preset and its file."""
     return {p.stem: p for p in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+
+
+def preset_summary(name: str) -> str:
+    """What a preset is, for --help: the first line of its file, which is a comment."""
+    return preset_path(name).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def log_only(text: str) -> None:
     if _log is None:
         _early.append(text)
         return
-    with _log.open("a", encoding="utf-8") as file:
+    # a full disk must not keep an error from being shown
+    with suppress(OSError), _log.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 

@@ -12,7 +12,7 @@ import typer
 
 from lowrank_cli import __version__, console, methods
 from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE, LowrankError
-from lowrank_cli.options import peek_methods
+from lowrank_cli.options import listing, peek_methods
 
 COMMANDS = ("pretrain",)
 
@@ -23,8 +23,8 @@ def build(argv: list[str]) -> typer.Typer:
     """The application for these arguments: only the subcommand that they name has its flags built."""
     app = typer.Typer(
         help=HELP,
+        epilog=listing(),
         add_completion=False,
-        no_args_is_help=True,
         rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     debug = "--debug" in argv
     try:
         command = typer.main.get_command(build(argv))
-        result = command.main(args=argv, prog_name="lowrank", standalone_mode=False)
+        result = command.main(args=argv or ["--help"], prog_name="lowrank", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except LowrankError as error:
         report(error.message, error.hint, debug)
@@ -95,15 +95,18 @@ def report(message: str, hint: str, debug: bool) -> None:
 def usage_message(error, argv: list[str]) -> tuple[str, str]:
     """What was wrong with the command line, and the nearest right thing."""
     option = getattr(error, "option_name", None)
-    if getattr(error, "possibilities", None) is None and option is None:
-        return error.format_message().rstrip("."), "lowrank --help lists the commands" if not argv else (
-            f"lowrank {argv[0]} --help lists the options"
-        )
-    option = str(option).partition("=")[0]
     command = next((a for a in argv if a in COMMANDS), "")
+    options = f"lowrank {command} --help lists the options" if command else "lowrank --help lists the commands"
+    if option is None:
+        return error.format_message().rstrip("."), options
+    option = str(option).partition("=")[0]
+    if not hasattr(error, "possibilities"):
+        # the option is there, but not so: --method at the end of the line, or --offline=3
+        return f"{option} {'needs a' if 'requires' in error.format_message() else 'takes no'} value", options
     chosen = {method.name for method in peek_methods(argv, command)}
     for name in set(methods.names()) - chosen:
         if option.startswith(f"--{name}-"):
             return f"{option} is an option of {name}, which was not chosen", f"add --method {name}"
-    near = get_close_matches(option, getattr(error, "possibilities", None) or [], n=1, cutoff=0.0)
-    return f"no option {option}", f"did you mean {near[0]}?" if near else f"lowrank {command} --help lists them"
+    # without the dashes, which make any two short names alike
+    near = get_close_matches(option.lstrip("-"), [p.lstrip("-") for p in error.possibilities or []], n=1)
+    return f"no option {option}", f"did you mean --{near[0]}?" if near else options

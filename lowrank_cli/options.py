@@ -9,13 +9,38 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lowrank_cli import methods
-from lowrank_cli.config import SECTIONS, Invocation, base_type, coerce, key_of, preset_names, read_yaml
+from lowrank_cli.config import (
+    SECTIONS,
+    Invocation,
+    base_type,
+    coerce,
+    key_of,
+    preset_names,
+    preset_summary,
+    read_yaml,
+)
 from lowrank_cli.errors import LowrankError
 from lowrank_cli.run import RUNS
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+SWITCHES = "What a preset or a file switches on, --no-NAME switches off, such as --no-streaming."
+
+
+class Command(TyperCommand):
+    """A command whose help has no column for the --no- forms: at 80 characters it would cut every long name."""
+
+    def format_help(self, ctx, formatter) -> None:
+        negatives = [(p, p.secondary_opts) for p in self.params]
+        for p, _ in negatives:
+            p.secondary_opts = []
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            for p, names in negatives:
+                p.secondary_opts = names
 
 
 def peek(argv: Sequence[str], name: str) -> str | None:
@@ -70,7 +95,6 @@ def register(
     """
     chosen = peek_methods(argv, command)
     available = [n for n in methods.names() if command in methods.get(n).commands]
-    listing = "  ".join(f"**{n}**: {methods.get(n).summary}.\n\n" for n in available)
     parameters = [
         parameter("method", "method", str, f"{', '.join(available)}; join two with +", "full", "Method", "TEXT")
     ]
@@ -98,9 +122,18 @@ def register(
     call.__signature__ = inspect.Signature(parameters)
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__name__ = command.replace("-", "_")
-    presets = [p for p, file in preset_names().items() if read_yaml(file).get("command", command) == command]
-    epilog = f"Methods:\n\n{listing}\n\nPresets (--preset): {', '.join(presets)}."
-    app.command(command, help=help, epilog=epilog)(call)
+    app.command(command, cls=Command, help=help, epilog=f"{SWITCHES}\n\n{listing(command)}")(call)
+
+
+def listing(command: str = "") -> str:
+    """The methods and the presets with one line each, as Markdown; those of one command, or all."""
+    available = [n for n in methods.names() if not command or command in methods.get(n).commands]
+    presets = [
+        p for p, file in preset_names().items() if not command or read_yaml(file).get("command", command) == command
+    ]
+    lines = ["Methods (--method):", "", *(f"- **{n}**: {methods.get(n).summary}" for n in available), ""]
+    lines += ["Presets (--preset):", "", *(f"- **{p}**: {preset_summary(p)}" for p in presets)]
+    return "\n".join(lines)
 
 
 def of_field(cls, f, panel: str, prefix: str = "", overrides: dict[str, Any] | None = None) -> inspect.Parameter:
@@ -108,13 +141,16 @@ def of_field(cls, f, panel: str, prefix: str = "", overrides: dict[str, Any] | N
     name = f"{prefix}_{key_of(f)}" if prefix else key_of(f)
     kind = base_type(cls, f)
     choices = f.metadata["choices"]
-    metavar = "|".join(map(str, choices)) if choices else ("COUNT" if f.metadata["count"] else METAVARS.get(kind))
+    metavar = "CHOICE" if choices else ("COUNT" if f.metadata["count"] else METAVARS.get(kind))
     value = (overrides or {}).get(key_of(f), f.default)
     default = None if value is None or value is False or value == "" else str(value)
     short = f.metadata["flag"].partition("/")[2]
-    return parameter(
-        name, name, kind, f.metadata["help"], default, panel, metavar, short, negatable=cls is not Invocation
-    )
+    help = f.metadata["help"]
+    if choices:
+        help = f"{help}; one of {', '.join(map(str, choices))}"
+    if kind is bool and value is not False:
+        help = f"{help}; --no-{name.replace('_', '-')} switches it off"
+    return parameter(name, name, kind, help, default, panel, metavar, short, negatable=cls is not Invocation)
 
 
 def parameter(

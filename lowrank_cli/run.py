@@ -110,13 +110,18 @@ class RunDir:
                 "git_commit": git_commit(), "python": platform.python_version(), "machine": platform.platform(),
                 "pid": os.getpid(), **entries}  # fmt: skip
         if before:
-            self.update(status="running", resumes=[*before.get("resumes", []), this])
+            ended = {"ended": None, "error": None, "exit_code": None}
+            self.update(status="running", resumes=[*before.get("resumes", []), this], **ended)
         else:
             self.update(status="running", **this)
 
     def finish(self, status: str, **entries: Any) -> None:
-        """Write how it ended: done, failed or interrupted."""
-        self.update(status=status, ended=now(), **entries)
+        """Write how it ended: done, failed or interrupted. A disk without room for that is a warning: what ended the
+        run is said anyway."""
+        try:
+            self.update(status=status, ended=now(), **entries)
+        except OSError as error:
+            console.warn(f"run.json still says that {self.path} is running: {error.strerror}")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,11 +3,11 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from lowrank_cli import methods
 from lowrank_cli.config import key_of

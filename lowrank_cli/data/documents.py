@@ -48,6 +48,10 @@ class Source(ABC):
     local: bool = True
 
     @abstractmethod
+    def difference(self, saved: Any) -> str:
+        """How the documents differ from those of another identity, which may have been JSON; "" if they do not."""
+
+    @abstractmethod
     def __iter__(self) -> Iterator[str]:
         """The documents from the position on; none is blank."""
 
@@ -89,6 +93,18 @@ class FileSource(Source):
         """The files' paths, sizes and times, and which of their documents are kept."""
         stats = [(path, path.stat()) for path in self.files]
         return [self._about, self.held_out, [[str(p), s.st_size, s.st_mtime_ns] for p, s in stats]]
+
+    def difference(self, saved: Any) -> str:
+        identity = self.identity
+        if saved == identity:
+            return ""
+        if len(saved) != len(identity) or saved[:2] != identity[:2]:
+            return " ".join(f"{self.name} as {identity[:2]} instead of {saved[:-1]}".split())
+        before, after = ({path: stat for path, *stat in files} for files in (saved[2], identity[2]))
+        told = [f"{path} has changed" for path in after if path in before and after[path] != before[path]]
+        told += [f"{path} is missing" for path in before if path not in after]
+        told += [f"{path} is new" for path in after if path not in before]
+        return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
 
     def __iter__(self) -> Iterator[str]:
         found = self._document > 0

@@ -57,6 +57,13 @@ class HubSource(Source):
         self._documents = splits[split]
         self.load_state_dict({})
 
+    def difference(self, saved: Any) -> str:
+        if len(saved) != len(self.identity) or saved[0] != "hub":
+            return f"{self.name} instead of files"
+        names = ("", "dataset", "configuration", "split", "text field", "held-out part")
+        pairs = zip(names, saved, self.identity, strict=True)
+        return ", ".join(f"{name} {now} instead of {before}" for name, before, now in pairs if now != before)
+
     def __iter__(self) -> Iterator[str]:
         found = self._document > 0
         self._documents.load_state_dict(self.state_dict()["datasets"])

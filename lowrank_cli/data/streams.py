@@ -7,12 +7,45 @@ exactly the rows that the old one would have given.
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
+from lowrank_cli.data.cache import fingerprint
 from lowrank_cli.data.corpus import Corpus
+from lowrank_cli.data.documents import Source
 from lowrank_cli.data.rows import Row, RowReader
 from lowrank_cli.errors import UsageError
 
 POOL = 2048  # rows shuffled together in a streamed dataset
+
+
+class Origin:
+    """What a streamed run reads and with which tokenizer, so that it does not go on with others.
+
+    A tokenized corpus needs none: the digest of its tokens says the same.
+    """
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast):
+        # the files as they are now, whatever becomes of them while the run reads
+        self.source, self._identity = source, source.identity
+        # not the whole tokenizer: saved and loaded again it may be written differently and still give the same tokens
+        self._vocabulary = fingerprint(tokenizer.get_vocab())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"source": self._identity, "vocabulary": self._vocabulary}
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Raises UsageError that says what is not as it was."""
+        told = []
+        if difference := self.source.difference(saved["source"]):
+            told.append(f"other data: {difference}")
+        if saved["vocabulary"] != self._vocabulary:
+            told.append("a tokenizer of another vocabulary")
+        if told:
+            raise UsageError(
+                f"this run would go on with {'; and with '.join(told)}",
+                "put back what the run began with (files with their times, as cp -p does), "
+                "or start a new run from its weights with --continue-from",
+            )
 
 
 class EpochRows:

@@ -16,7 +16,7 @@ from lowrank_cli.config import DataConfig
 from lowrank_cli.data.corpus import tokenized
 from lowrank_cli.data.documents import Source, open_source
 from lowrank_cli.data.rows import Encoder, Row, RowReader
-from lowrank_cli.data.streams import EpochRows, PoolRows
+from lowrank_cli.data.streams import EpochRows, Origin, PoolRows
 from lowrank_cli.data.tokenizer import load_tokenizer
 from lowrank_cli.errors import UsageError
 
@@ -41,7 +41,9 @@ class TrainStream:
         total_batch_size: int,
         rank: int,
         world_size: int,
+        origin: Origin | None = None,
     ):
+        self._origin = origin
         self._rows, self._form, self._pad, self._max_length = rows, form, pad_token_id, form["max_length"]
         self._batch_size, self._total, self._rank, self._world_size = batch_size, total_batch_size, rank, world_size
 
@@ -63,7 +65,8 @@ class TrainStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next update, as JSON; the same on every rank."""
-        return {"form": dict(self._form), **self._rows.state_dict()}
+        origin = {} if self._origin is None else {"origin": self._origin.state_dict()}
+        return {"form": dict(self._form), **origin, **self._rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position, also with another batch_size, total_batch_size or world_size.
@@ -71,6 +74,9 @@ class TrainStream:
         Raises:
             UsageError: the position belongs to other data, or to another form or order of it.
         """
+        # first, because other data also explain a trained tokenizer of another size
+        if self._origin is not None and "origin" in state:
+            self._origin.check(state["origin"])
         saved = state["form"]
         if saved != self._form:
             key = next(key for key, value in self._form.items() if saved.get(key) != value)
@@ -169,12 +175,14 @@ def build(
         "vocab_size": len(tokenizer),
     }
     rows: EpochRows | PoolRows
+    origin = None
     if train_source.local and not config.streaming:
         corpus = tokenized(train_source, encoder, status)
         rows = EpochRows(corpus, seed, train_source.name)
         description |= {"documents": corpus.documents, "tokens": corpus.tokens, "sequences": len(corpus)}
     else:
         rows = PoolRows(RowReader(train_source, encoder, config.max_length), seed, train_source.name)
+        origin = Origin(train_source, tokenizer)
         description["streaming"] = True
     if validation_source.local and not config.streaming:
         held_out = tokenized(validation_source, encoder, status)
@@ -193,6 +201,7 @@ def build(
         total_batch_size=total_batch_size,
         rank=rank,
         world_size=world_size,
+        origin=origin,
     )
     description = {key: value for key, value in description.items() if value is not None}
     return TextData(tokenizer, train, description, validation_rows, eval_tokens, batch_size, config.max_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,15 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> Perplexity:
+def perplexity(
+    model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], between: Callable[[], None] = lambda: None
+) -> Perplexity:
     """The perplexity of a causal language model on batches, in eval mode.
 
     Args:
         model: a causal language model; its training mode is put back afterwards.
         batches: `input_ids` and `labels` (B, T), -100 where there is no target; moved to the model's device.
+        between: called before every batch; what it raises ends the evaluation.
     Returns:
         The mean over all target tokens.
     """
@@ -40,6 +43,7 @@ def perplexity(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> 
     device = next(model.parameters()).device
     try:
         for batch in batches:
+            between()
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             targets = int((batch["labels"][:, 1:] != -100).sum())
             if targets:

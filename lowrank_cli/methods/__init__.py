@@ -40,7 +40,8 @@ def compose(text: str, command: str = "") -> list[type[Method]]:
     """The methods of `a+b`, in the order weights, activations, gradients.
 
     Raises:
-        UsageError: an unknown method, one that the command does not have, or two that act on the same thing.
+        UsageError: an unknown method, one that the command does not have, one named twice, or two that act on the
+            same thing.
     """
     parts = [get(name.strip()) for name in text.split("+")]
     for part in parts:
@@ -49,8 +50,10 @@ def compose(text: str, command: str = "") -> list[type[Method]]:
             raise UsageError(f"{part.title} is not a method of `lowrank {command}`", f"methods: {', '.join(fitting)}")
     for i, a in enumerate(parts):
         for b in parts[i + 1 :]:
+            if a is b:
+                raise UsageError(f"{a.name} is named twice in {text}", f"name it once: --method {a.name}")
             shared = a.acts_on & b.acts_on
-            if a is b or shared or not a.acts_on or not b.acts_on:
+            if shared or not a.acts_on or not b.acts_on:
                 why = f"both act on the {' and '.join(sorted(shared))}" if shared else "one of them changes nothing"
                 pairs = [
                     f"{a.name}+{n}"

@@ -11,6 +11,8 @@ from lowrank_cli.optim import state_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lowrank_cli.config import RunConfig
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -45,6 +47,9 @@ class Method:
 
     def __init__(self, config: Any):
         self.config = config
+
+    def check(self, run: RunConfig) -> None:
+        """Called when a configuration has been resolved: raises UsageError for settings that do not go together."""
 
     def wrap(self, model: nn.Module) -> None:
         """Change modules in place, before the optimizer is built."""

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING
 
 from lowrank_cli import console
 from lowrank_cli.config import option
+from lowrank_cli.errors import UsageError
 from lowrank_cli.methods.base import Memory, Method
 from lowrank_cli.optim import state_bytes
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lowrank_cli.config import RunConfig
 
 # paper's Table 2 where it has the size (1b: 512, the authors' script has 1024); else a quarter of the hidden size
 RANKS = {"llama-9m": 32, "llama-20m": 64, "llama-35m": 96, "llama-40m": 104, "llama-60m": 128, "llama-71m": 128,
@@ -72,6 +75,13 @@ class GaLore(Method):
             "project inside backward, so that no full gradient is formed between refreshes; on unless given where it "
             "takes fewer operations and --grad-clipping is off",
         )
+
+    def check(self, run: RunConfig) -> None:
+        if self.config.moments == "rotate" and run.optim.optimizer == "adafactor":
+            raise UsageError(
+                "--galore-moments rotate does not go with --optimizer adafactor: factored moments cannot be rotated",
+                "take --galore-moments keep or reset, or --optimizer adamw",
+            )
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         from lowrank_cli.models.targets import select

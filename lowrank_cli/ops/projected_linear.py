@@ -48,9 +48,9 @@ class _ProjectedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         kept, weight, left = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        flat = dy.flatten(0, -2)  # (N, m)
+        flat = dy.reshape(-1, dy.shape[-1])  # (N, m)
         dbias = flat.sum(0) if ctx.needs_input_grad[2] else None
         if left is not None:
             flat = flat @ left  # (N, r)
-        ctx.sink(flat.mT @ kept.flatten(0, -2))
+        ctx.sink(flat.mT @ kept.reshape(-1, kept.shape[-1]))
         return dx, None, dbias, None, None, None

@@ -56,9 +56,9 @@ class _VeLoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         kept, weight, vector = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        flat = dy.flatten(0, -2)  # (N, m)
+        flat = dy.reshape(-1, dy.shape[-1])  # (N, m)
         dbias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        factor = (flat.mT @ kept.flatten(0, -2)).mul_(ctx.scale)  # (m, G)
+        factor = (flat.mT @ kept.reshape(-1, kept.shape[-1])).mul_(ctx.scale)  # (m, G)
         dense = None
         if ctx.sink is not None:
             ctx.sink(factor)

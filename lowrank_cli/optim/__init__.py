@@ -30,32 +30,29 @@ def base_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
     """The optimizer for these groups: torch's own fused AdamW where nothing is projected, 16-bit or per layer."""
-    betas = (config.beta1, config.beta2)
+    betas, rounding = (config.beta1, config.beta2), config.stochastic_rounding
     if config.optimizer == "adafactor":
         from lowrank_cli.optim.adafactor import GaLoreAdafactor
 
-        optimizer = GaLoreAdafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
-    elif config.optimizer == "adamw8bit":
+        return GaLoreAdafactor(
+            groups, lr=config.lr, scale_parameter=False, relative_step=False, stochastic_rounding=rounding
+        )
+    if config.optimizer == "adamw8bit":
         from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
 
-        optimizer = GaLoreAdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0)
-    else:
-        parameters = [p for group in groups for _, p in group["params"]]
-        # torch's keeps moments in the weight's dtype, ours in float32: both sides of a comparison get the same
-        own = (
-            config.per_layer
-            or any(p.element_size() < 4 for p in parameters)
-            or any("rank" in g or "num_groups" in g for g in groups)
+        return GaLoreAdamW8bit(
+            groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, stochastic_rounding=rounding
         )
-        if not own:
-            from torch.optim import AdamW
+    parameters = [p for group in groups for _, p in group["params"]]
+    small = any("rank" in group or "num_groups" in group for group in groups)
+    # torch's keeps moments in the weight's dtype, ours in float32: both sides of a comparison get the same
+    if not small and not config.per_layer and all(p.element_size() >= 4 for p in parameters):
+        from torch.optim import AdamW
 
-            return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
-        from lowrank_cli.optim.adamw import GaLoreAdamW
+        return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
+    from lowrank_cli.optim.adamw import GaLoreAdamW
 
-        optimizer = GaLoreAdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
-    optimizer.stochastic_rounding = config.stochastic_rounding
-    return optimizer
+    return GaLoreAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, stochastic_rounding=rounding)
 
 
 def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_cli.optim.base import ProjectedOptimizer
+from lowrank_cli.optim.base import LARGEST, ProjectedOptimizer
 
 
 def adafactor_(update: Tensor, state: dict, *, beta2: float, floor: float, clip_threshold: float, lr: float,
@@ -62,6 +62,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
         scale_parameter: multiply the learning rate by the weight's root mean square.
         relative_step: the learning rate falls with 1 / sqrt(step).
         warmup_init: with `relative_step`, begin at 1e-6 * step.
+        stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
         scale_parameter: bool = True,
         relative_step: bool = True,
         warmup_init: bool = False,
+        stochastic_rounding: bool = False,
     ):
         if lr is not None and relative_step:
             raise ValueError("give lr or relative_step=True, not both")
@@ -84,11 +86,13 @@ class GaLoreAdafactor(ProjectedOptimizer):
         super().__init__(params, {
             "lr": lr, "eps": tuple(eps), "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1,
             "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
-            "warmup_init": warmup_init,
+            "warmup_init": warmup_init, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
-        for group in self.param_groups:
-            if group.get("moments") == "rotate":
-                raise ValueError("Adafactor's factored moments cannot be rotated: take moments='keep' or 'reset'")
+
+    def _check_group(self, group: dict) -> None:
+        super()._check_group(group)
+        if group["moments"] == "rotate":
+            raise ValueError("Adafactor's factored moments cannot be rotated: take moments='keep' or 'reset'")
 
     def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
         make = {"dtype": torch.float32, "device": grad.device}
@@ -113,7 +117,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
                 p.mul_(1 - group["weight_decay"] * lr)
             target.sub_(
                 adafactor_(
-                    grad.clone(),
+                    grad.clamp(-LARGEST, LARGEST),
                     state,
                     beta2=1 - step ** group["decay_rate"],
                     floor=group["eps"][0],

@@ -93,6 +93,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         weight_decay: decoupled, applied after the update.
         correct_bias: Adam's bias correction.
         no_deprecation_warning: accepted for galore-torch's sake, without effect.
+        stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
     """
 
     def __init__(
@@ -104,12 +105,20 @@ class GaLoreAdamW(ProjectedOptimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
         no_deprecation_warning: bool = False,
+        stochastic_rounding: bool = False,
     ):
         if lr < 0 or eps < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps}: lr and eps must be >= 0 and betas in [0, 1)")
         super().__init__(
             params,
-            {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias},
+            {
+                "lr": lr,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "correct_bias": correct_bias,
+                "stochastic_rounding": stochastic_rounding,
+            },
         )
 
     def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowrank_cli.errors import MissingError
 from lowrank_cli.optim.adamw import adamw_, rotate
-from lowrank_cli.optim.base import ProjectedOptimizer
+from lowrank_cli.optim.base import LARGEST, ProjectedOptimizer
 
 # bitsandbytes quantizes moments in blocks of this many elements, each with a float32 scale
 BLOCK = 256
@@ -26,7 +26,10 @@ class GaLoreAdamW8bit(ProjectedOptimizer):
         betas: decay of the moments.
         eps: added to the bias-corrected root of the second moment.
         weight_decay: decoupled, applied after the update; galore-torch's default.
+        amsgrad, args, percentile_clipping, block_wise, is_paged: only galore-torch's defaults are supported.
+        optim_bits: without effect, as there.
         min_8bit_size: elements from which on moments are 8-bit.
+        stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
 
     Raises:
         MissingError: bitsandbytes is not installed.
@@ -39,12 +42,33 @@ class GaLoreAdamW8bit(ProjectedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: object = None,
         min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+        stochastic_rounding: bool = False,
     ):
+        if amsgrad or args is not None or percentile_clipping != 100 or not block_wise or is_paged:
+            raise ValueError("amsgrad, args, percentile_clipping, block_wise=False and is_paged are not supported")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "min_8bit_size": min_8bit_size,
+                "stochastic_rounding": stochastic_rounding,
+            },
+        )
+
+    def _begin(self) -> None:
+        super()._begin()
         self.codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.functional = import_bitsandbytes()
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "min_8bit_size": min_8bit_size})
 
     def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
         for key in ("exp_avg", "exp_avg_sq"):
@@ -61,7 +85,7 @@ class GaLoreAdamW8bit(ProjectedOptimizer):
     ) -> None:
         for target, grad, state in zip(targets, grads, states, strict=True):
             if state["exp_avg"].dtype == torch.uint8:
-                self._rule_8bit(target, grad, state, group)
+                self._rule_8bit(target, grad.clamp(-LARGEST, LARGEST), state, group)
                 continue
             # bitsandbytes adds eps to the corrected root; adamw_ takes it before the correction
             eps = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5

@@ -20,6 +20,9 @@ MOMENTS = ("keep", "rotate", "reset")
 CALM_OVERLAP, CALM_REFRESHES = 0.4, 2
 TELL_EVERY_S = 5.0
 
+# gradients are cut to this, whose square float32 still holds: one that overflowed would freeze its moments for ever
+LARGEST = 1e18
+
 
 class ProjectedOptimizer(torch.optim.Optimizer):
     """An optimizer whose groups may carry GaLore's keys: `rank`, `update_proj_gap`, `scale`, `proj_type`.
@@ -27,7 +30,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     A group without `rank` is an ordinary one. In a group with `rank` the update rule runs on the projected gradient
     and its result is expanded straight into the weight. Further keys of such a group, with galore-torch's behaviour as
     the default: `refresh` (an engine of optim/refresh.py), `moments` (keep, rotate or reset at a refresh), `stagger`
-    (spread the refreshes over the gap), `lazy_refresh` (double the gap of a basis that has stopped moving).
+    (spread the refreshes over the gap), `lazy_refresh` (double the gap of a basis that has stopped moving). Any group
+    may say `stochastic_rounding`, for bfloat16 weights.
 
     The gradient of a projected parameter is its `.grad`, or what `accumulate` has summed: then the full gradient never
     exists. State holds tensors and numbers only, so that it loads with `weights_only=True`: `step`, what the rule
@@ -38,25 +42,39 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd", "moments": "keep",
         "stagger": False, "lazy_refresh": False,
     }  # fmt: skip
-    stochastic_rounding = False
 
     def __init__(self, params, defaults: dict):
+        self._begin()
         super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """What is neither state nor groups: it is made anew in a copy or an unpickled optimizer."""
         self.low_rank_grads: dict[Tensor, Tensor] = {}
+        self.vectors: dict[Tensor, Callable[[], Tensor]] = {}
         self._refreshed = self._told = 0.0
+
+    def _index(self) -> None:
+        """The tables that follow from the groups; made anew whenever those change."""
         projected = [group for group in self.param_groups if "rank" in group]
         for group in projected:
             self._check_group(group)
         self.projected = {p: group for group in projected for p in group["params"]}
-        # weights whose gradient is F (x) v, with what tells v: VeLoRA's
+        # weights whose gradient is F (x) v; `vectors` tells v
         self.factored = {p for group in self.param_groups if "num_groups" in group for p in group["params"]}
-        self.vectors: dict[Tensor, Callable[[], Tensor]] = {}
         self.sides = {p: sides(p.shape, group["proj_type"]) for p, group in self.projected.items()}
         # (position among the projected tensors, name): for staggering, seeds and messages
-        names = (n for g in projected for n in g.get("param_names", [""] * len(g["params"])))
-        self.places = {
-            p: (i, name or f"tensor {i}") for i, (p, name) in enumerate(zip(self.projected, names, strict=True))
-        }
+        names = [n for g in projected for n in g.get("param_names", [""] * len(g["params"]))]
+        self.places = {p: (i, names[i] or f"tensor {i}") for i, p in enumerate(self.projected)}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's, with the group's keys checked."""
+        super().add_param_group(param_group)
+        self._index()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._begin()
+        self._index()
 
     def _check_group(self, group: dict) -> None:
         if int(group["rank"]) < 1:
@@ -152,8 +170,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._refresh(p, state, group)
         bases = self.bases(p)
         # the moments, and the arithmetic on them, are float32 whatever the dtype of the weight
-        grad = self.low_rank_grads.pop(p, None)
-        grad = project(p.grad, bases).float() if grad is None else grad
+        if p.grad is not None:
+            # the whole gradient, or the part of it that did not come through a projected linear
+            self.accumulate(p, project(p.grad, bases))
+        grad = self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
         if "step" not in state:
             state["step"] = 0
             self._init_state(state, grad, group)
@@ -161,14 +181,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state["until_refresh"] -= 1
         update = torch.zeros_like(grad)
         self._rule([update], [grad], [state], group, [p])
-        if self.stochastic_rounding and p.dtype == torch.bfloat16 and p.dim() == 2:
+        if group["stochastic_rounding"] and p.dtype == torch.bfloat16 and p.dim() == 2:
             expand_add_rounded_(p, update, bases, alpha=group["scale"])
         else:
             expand_add_(p, update, bases, alpha=group["scale"])
         self._decay([p], group)
 
     def _step_factored(self, p: Tensor, group: dict) -> None:
-        state, factor = self.state[p], self.low_rank_grads.pop(p)
+        state, factor = self.state[p], self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
         if not state:
             state["step"] = 0
             self._init_state(state, factor, group)
@@ -178,16 +198,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _refresh(self, p: Tensor, state: dict, group: dict) -> None:
         """New bases from the full gradient, and when the next ones are due."""
-        step, gap = state.get("step", 0), state.get("gap", group["update_proj_gap"])
+        gap = state.get("gap", group["update_proj_gap"])
         place, name = self.places[p]
         self._tell(group["refresh"])
         if p.grad is None:
             raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
-        calm, change = True, {}
+        alive, calm, change = bool(p.grad.any()), True, {}
+        state["refreshes"] = state.get("refreshes", 0) + 1
         for side in self.sides[p]:
             old = state.get(f"basis_{side}")
             matrix, stands = unfold(p.grad, side)
-            seed = zlib.crc32(f"{place} {side} {step}".encode())
+            seed = zlib.crc32(f"{place} {side} {state['refreshes']}".encode())
             new = find_basis(
                 matrix, group["rank"], stands, group["refresh"], old, seed=seed, name=name, warn=console.warn
             )
@@ -199,6 +220,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             del state["step"]
         elif change and group["moments"] == "rotate":
             self._rotate(state, change, group)
+        if not alive:
+            # a gradient of zeros has no directions: the next one is asked again
+            state["until_refresh"] = 1
+            return
         if group["lazy_refresh"] and change:
             state["calm"] = state.get("calm", 0) + 1 if calm else 0
             if state["calm"] >= CALM_REFRESHES:
@@ -220,28 +245,31 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._told = now
 
     def _step_plain(self, params: list[Tensor], group: dict) -> None:
-        by_step: dict[int, list[Tensor]] = {}
+        together: dict[tuple, list[Tensor]] = {}
         for p in params:
             state = self.state[p]
             if not state:
                 state["step"] = 0
                 self._init_state(state, p.grad, group)
             state["step"] += 1
-            by_step.setdefault(state["step"], []).append(p)
-        for same in by_step.values():
-            exact = [p for p in same if p.dtype == torch.float32]
-            if exact:
-                self._rule(exact, [p.grad for p in exact], [self.state[p] for p in exact], group, exact)
-            for p in same:
-                if p.dtype != torch.float32:
-                    # the rule runs in float32 and the weight is rounded once
-                    update = torch.zeros_like(p, dtype=torch.float32)
-                    self._rule([update], [p.grad.float()], [self.state[p]], group, [p])
-                    if self.stochastic_rounding and p.dtype == torch.bfloat16:
-                        p.copy_(stochastic_round(update.add_(p)))
-                    else:
-                        p.add_(update)
+            if p.dtype == torch.float32:
+                together.setdefault((state["step"], p.device), []).append(p)
+            else:
+                self._step_rounded(p, state, group)
+        for same in together.values():
+            # the kernel walks over memory, so a gradient has to be laid out as its weight is
+            grads = [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in same]
+            self._rule(same, grads, [self.state[p] for p in same], group, same)
         self._decay(params, group)
+
+    def _step_rounded(self, p: Tensor, state: dict, group: dict) -> None:
+        """The rule in float32 for a 16-bit weight, which is rounded once."""
+        update = torch.zeros_like(p, dtype=torch.float32)
+        self._rule([update], [p.grad.float()], [state], group, [p])
+        if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
+            p.copy_(stochastic_round(update.add_(p)))
+        else:
+            p.add_(update)
 
     def _decay(self, params: list[Tensor], group: dict) -> None:
         # decoupled, after the update and without `scale`, as in galore-torch
@@ -257,3 +285,4 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(p.device, copy=True)
+        self._index()

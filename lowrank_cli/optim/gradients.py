@@ -38,19 +38,33 @@ class Gradients:
         self.last = True
         self.measuring = False
         self.square: Tensor | float = 0.0
+        self.zeros: set[Tensor] = set()
+        self._pending: dict[Tensor, int] = {}
+        self._patched: list[nn.Module] = []
         self._patch_linears(model)
-        if per_layer:
-            for p in self.groups:
-                p.register_post_accumulate_grad_hook(self._arrived)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.groups] if per_layer else []
+
+    def close(self) -> None:
+        """Leave the model as it was found: no hooks, no patched forward."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._patched:
+            del module.forward
+        self._hooks, self._patched = [], []
 
     def begin(self, *, measuring: bool) -> None:
-        """Forget the last update; `measuring` keeps the norm of gradients that a per-layer step frees."""
+        """Forget the last update; `measuring` keeps what a per-layer step would free: the norm, and `zeros`, the
+        parameters whose gradient is there and zero throughout."""
         self.optimizer.zero_grad(set_to_none=True)
         self.measuring, self.square = measuring, 0.0
+        self.zeros.clear()
+        self._pending.clear()
 
     def norm(self) -> Tensor:
         """The global norm of the update's gradients, clipped to the limit."""
         left = [p.grad for p in self.groups if p.grad is not None] + list(self.buffers.values())
+        if self.measuring:
+            self.zeros |= {p for p in self.groups if p.grad is not None and not bool(p.grad.any())}
         norm = (nn.utils.get_total_norm(left).float().square() + self.square).sqrt()
         if self.clipping and left:
             factor = (self.clipping / (norm + 1e-6)).clamp(max=1.0)
@@ -75,7 +89,8 @@ class Gradients:
     def _receive(self, p: Tensor, low_rank_grad: Tensor) -> None:
         """The sink of a projected linear."""
         self.optimizer.accumulate(p, low_rank_grad)
-        if self.per_layer:
+        self._pending[p] = self._pending.get(p, 0) - 1
+        if self.per_layer and not self._pending[p]:
             self._complete(p)
 
     def _complete(self, p: Tensor) -> None:
@@ -84,6 +99,8 @@ class Gradients:
             return
         if self.measuring:
             grad = self.buffers.get(p, p.grad)
+            if not bool(grad.any()):
+                self.zeros.add(p)
             self.square = self.square + grad.float().square().sum()
         self.optimizer.step_one(p, self.groups[p])
         p.grad = None
@@ -103,6 +120,7 @@ class Gradients:
             # a weight that two modules share has its gradient only when both have added to it
             if len(modules) == 1 and type(modules[0]) is nn.Linear:
                 modules[0].forward = partial(self._forward, modules[0], weight)
+                self._patched.append(modules[0])
 
     def _in_backward(self, weight: Tensor) -> bool:
         """What the group says; if it leaves it open, whether 2 N r (m + n) operations are fewer than 2 N m n, and
@@ -116,4 +134,8 @@ class Gradients:
     def _forward(self, module: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or self.optimizer.is_due(weight):
             return nn.functional.linear(x, weight, module.bias)
+        # a module that runs several times in a forward pass has its gradient when each run has had its backward; a
+        # recomputation inside backward is not another run
+        if torch._C._current_graph_task_id() == -1:
+            self._pending[weight] = self._pending.get(weight, 0) + 1
         return projected_linear(x, weight, module.bias, self.optimizer.bases(weight), partial(self._receive, weight))

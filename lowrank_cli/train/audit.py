@@ -3,7 +3,6 @@ first update, and the name of the tensor when numbers break."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,11 +59,6 @@ class Snapshot:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.before = [(name, sample(p).clone()) for name, p in named(optimizer)]
 
-    @staticmethod
-    def without_gradient(parameters: Iterable[Tensor]) -> set[Tensor]:
-        """Parameters whose gradient is there and zero throughout: they have no reason to change."""
-        return {p for p in parameters if p.grad is not None and not bool(p.grad.any())}
-
     def check(self, optimizer: torch.optim.Optimizer, zeros: set[Tensor]) -> None:
         """Every tensor with a gradient changed, and every step counter is 1.
 
@@ -113,8 +107,8 @@ def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
 
 
 def may_round_away(values: Tensor, lr: float) -> bool:
-    """Whether a 16-bit tensor may round Adam's first step, which is at most about `lr` an element, to nothing."""
-    return values.dtype != torch.float32 and lr <= float(values.abs().min()) * torch.finfo(values.dtype).eps / 2
+    """Whether Adam's first step, which is at most about `lr` an element, may round to nothing in every element."""
+    return lr <= float(values.abs().min()) * torch.finfo(values.dtype).eps / 2
 
 
 def sample(p: Tensor) -> Tensor:
@@ -123,11 +117,13 @@ def sample(p: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // SAMPLE)]
 
 
-def first_non_finite(model: nn.Module) -> str:
-    """Which weight or gradient is not finite, in the model's order."""
+def first_non_finite(model: nn.Module, weights_only: bool = False) -> str:
+    """Which weight or gradient is not finite, in the model's order; empty if `weights_only` and all weights are."""
     for name, p in model.named_parameters():
         if not bool(torch.isfinite(p).all()):
             return f"the first tensor with a non-finite value is the weight {name}"
+    if weights_only:
+        return ""
     for name, p in model.named_parameters():
         if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
             return f"the weights are finite; the first non-finite gradient is that of {name}"

@@ -80,14 +80,17 @@ def save(
         commit(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        whole = newest(folder)
+        whole = newest(folder, progress.step)
         raise LowrankError(
             f"could not write the checkpoint of step {progress.step} to {folder}: {reason(error)}",
             f"make room, then go on from {whole.name}: --resume {folder.parent}"
             if whole
             else "make room, or choose another place with --out; there was no earlier checkpoint",
         ) from None
-    for old in listing(folder)[:-keep]:
+    found = listing(folder)
+    # a run that went on from an older checkpoint has left the later ones behind
+    abandoned = [p for p in found if step_of(p) > progress.step]
+    for old in abandoned + [p for p in found if p not in abandoned][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -146,16 +149,21 @@ def listing(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d+", p.name) and p.is_dir())
+    return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d+", p.name) and p.is_dir()), key=step_of)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest finished checkpoint, if there is one."""
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def newest(folder: Path, until: int | None = None) -> Path | None:
+    """The newest finished checkpoint, if there is one; with `until`, of this step or before."""
     if folder.is_dir():
         for old in folder.glob(".old-step-*"):
             if not (folder / old.name.removeprefix(".old-")).exists():
                 os.replace(old, folder / old.name.removeprefix(".old-"))
-    found = listing(folder)
+    found = [p for p in listing(folder) if until is None or step_of(p) <= until]
     return found[-1] if found else None
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowrank_cli import console, memory, methods, optim
+from lowrank_cli import console, memory
 from lowrank_cli.config import RunConfig
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import MissingError
 from lowrank_cli.models import load as models
 from lowrank_cli.train import audit
+from lowrank_cli.train.setup import apply_methods
 
 # of t5-base, the tokenizer of the papers' pretraining runs
 PAPERS_VOCABULARY = 32_100
@@ -37,14 +38,9 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
     else:
         architecture = models.config_of(config.model, offline=config.common.offline)
     model = models.meta(architecture, dtype)
-    parts = [methods.get(name)(part) for name, part in config.methods.items()]
-    for part in parts:
-        part.wrap(model)
-    groups = optim.base_groups(model, config.optim)
-    for part in parts:
-        groups = part.param_groups(model, groups)
+    parts, groups = apply_methods(config, model)
     audit.show_targets(audit.targets(model, groups), config.method)
-    items = memory.estimate(model, groups, parts, dtype.itemsize, config.optim.optimizer)
+    items = memory.estimate(model, groups, parts, dtype.itemsize, config)
     total = memory.show(items)
     parameters = sum(p.numel() for p in model.parameters())
     console.note(f"{console.human_count(parameters)} parameters, {str(dtype).removeprefix('torch.')}")

@@ -21,15 +21,21 @@ def finish(session: Session) -> dict[str, Any]:
     run, model = session.run, session.model
     for part in session.parts:
         part.merge(model)
+    for leftover in run.path.glob(".model.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = run.path / f".model.{os.getpid()}"
-    checkpoint.write_model(temporary, model, session.data.tokenizer)
-    shutil.rmtree(run.model, ignore_errors=True)
-    checkpoint.commit(temporary, run.model)
+    try:
+        checkpoint.write_model(temporary, model, session.data.tokenizer)
+        shutil.rmtree(run.model, ignore_errors=True)
+        checkpoint.commit(temporary, run.model)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     progress = session.progress
     return {
         "method": session.config.method,
         "run": str(run.path),
         "model": str(run.model),
+        "plots": session.config.train.plots,
         "steps": progress.step,
         "tokens": progress.tokens,
         **{f"validation_{key}": value for key, value in progress.evaluation.items()},
@@ -55,13 +61,14 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def sample(session: Session, length: int = 48) -> str:
     """What the model writes after the first tokens of the validation text; random generators are left as they were."""
     batch = next(iter(session.data.validation()), None)
-    if batch is None:
+    positions = getattr(session.model.config, "max_position_embeddings", None) or 1 << 30
+    length = min(length, positions - 8)
+    if batch is None or batch["input_ids"].shape[1] < 8 or length < 1:
         return ""
     prompt = batch["input_ids"][:1, :8].to(session.device)
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
     session.model.eval()
-    try:
+    with torch.random.fork_rng(devices=[session.device] if session.device.type == "cuda" else []):
+        torch.manual_seed(0)
         tokens = session.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -72,8 +79,6 @@ def sample(session: Session, length: int = 48) -> str:
             use_cache=True,
             pad_token_id=session.data.tokenizer.pad_token_id,
         )
-    finally:
-        torch.set_rng_state(state)
     return session.data.tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
@@ -88,7 +93,7 @@ def summary(result: dict[str, Any]) -> str:
         ["peak memory", console.human_bytes(result["peak_memory_bytes"])],
         ["optimizer state", console.human_bytes(result["optimizer_state_bytes"])],
         ["run", result["run"]],
-        ["pictures", f"{result['run']}/plots"],
+        *([["pictures", f"{result['run']}/plots"]] if result["plots"] else []),
         ["model", result["model"]],
     ]
     console.table("Done", ["", ""], rows)

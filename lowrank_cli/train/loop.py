@@ -27,6 +27,7 @@ from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
 from lowrank_cli.train.metrics import Reporter, check_sinks
+from lowrank_cli.train.setup import apply_methods
 
 
 @dataclass
@@ -120,12 +121,7 @@ def prepare(config: RunConfig) -> Session:
         offline=config.common.offline,
     )
     models.check_vocabulary(model, batches.tokenizer)
-    parts = [methods.get(name)(part) for name, part in config.methods.items()]
-    for part in parts:
-        part.wrap(model)
-    groups = optim.base_groups(model, config.optim)
-    for part in parts:
-        groups = part.param_groups(model, groups)
+    parts, groups = apply_methods(config, model)
     targets = audit.targets(model, groups)
     audit.show_targets(targets, config.method)
     optimizer = optim.build(config.optim, groups)
@@ -185,7 +181,7 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
     session.mark()
     with Reporter(run, config, total=steps.steps, progress=progress, device=session.device) as report, Stop() as stop:
         if progress.step == 0:
-            evaluate(session, report)
+            evaluate(session, report, stop)
         for step in range(progress.step + 1, steps.steps + 1):
             stop.check(session)
             for group in session.optimizer.param_groups:
@@ -195,12 +191,14 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
             saving = step % steps.save_every == 0 or step == steps.steps
             first = audit.Snapshot(session.optimizer) if step == 1 else None
             gradients.begin(measuring=reporting or saving)
-            loss, tokens = backward(session, gradients, stop)
-            grad_norm = clip(session, gradients)
-            zeros = first.without_gradient(gradients.groups) if first else set()
-            gradients.step()
+            try:
+                loss, tokens = backward(session, gradients, stop)
+                grad_norm = clip(session, gradients)
+                gradients.step()
+            except FloatingPointError as error:
+                raise not_finite(session, str(error)) from None
             if first is not None:
-                first.check(session.optimizer, zeros)
+                first.check(session.optimizer, gradients.zeros)
             extra = {k: v for part in session.parts for k, v in part.after_step(session.model, step).items()}
             progress.step, progress.tokens = step, progress.tokens + tokens
             session.mark()
@@ -209,11 +207,12 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
                 report.training(loss=loss, lr=session.optimizer.param_groups[0]["lr"], grad_norm=grad_norm, **extra)
             with report.paused():
                 if evaluating:
-                    evaluate(session, report)
+                    evaluate(session, report, stop)
                 if saving:
                     session.save()
                 if drawing and saving and step < steps.steps:
                     drawing.start()
+        gradients.close()
         if drawing:
             drawing.finish()
         return finish.finish(session)
@@ -254,7 +253,7 @@ def clip(session: Session, gradients: Gradients) -> float | None:
 
 def not_finite(session: Session, what: str) -> LowrankError:
     """The end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
-    whole = checkpoint.newest(session.run.checkpoints)
+    whole = checkpoint.newest(session.run.checkpoints, session.progress.step)
     good = (
         f"{whole} is good: go on from it with --continue-from {whole}" if whole else "there is no earlier checkpoint"
     )
@@ -288,6 +287,9 @@ class Stop:
     def check(self, session: Session) -> None:
         """Between two micro-batches: save the last whole update and end, if that was asked for."""
         if self.asked:
+            broken = audit.first_non_finite(session.model, weights_only=True)
+            if broken:
+                raise not_finite(session, "asked to stop, but the weights are broken")
             path = session.save() if session.progress.step else None
             raise Interrupted(
                 f"stopped by {self.asked} after step {session.progress.step} of {session.plan.steps}",
@@ -297,8 +299,8 @@ class Stop:
             )
 
 
-def evaluate(session: Session, report: Reporter) -> None:
+def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     """Validation perplexity, reported and remembered."""
-    result = perplexity(session.model, session.data.validation())
+    result = perplexity(session.model, session.data.validation(), between=lambda: stop.check(session))
     session.progress.evaluation = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
     report.evaluation(result.loss, result.perplexity, result.tokens)

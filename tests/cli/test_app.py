@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,42 @@ def test_help_lists_methods_presets_and_only_the_chosen_methods_flags(lowrank):
     assert "--galore-rank" in out
 
 
-def test_no_command_shows_the_help(lowrank):
-    code, out, _ = lowrank()
-    assert code in (0, 2)
+def test_no_command_shows_the_help_and_nothing_else(lowrank):
+    code, out, err = lowrank()
+    assert (code, err) == (0, "")
+    assert out == lowrank("--help")[1]
     assert "pretrain" in out
+
+
+def test_top_help_lists_methods_and_presets_with_one_line_each(lowrank, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.strip(" \N{BULLET}") for line in lowrank("--help")[1].splitlines()]
+    for name in methods.names():
+        assert f"{name}: {methods.get(name).summary}" in lines
+    for name in config.preset_names():
+        assert f"{name}: {config.preset_summary(name)}" in lines
+        assert "arXiv" in config.preset_summary(name)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_help_shows_every_flag_whole_at_80_columns(name, lowrank, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = set(lowrank("pretrain", "--method", name, "--help")[1].split())
+    plain = [(cls, f, "") for cls in (*config.SECTIONS.values(), config.Invocation) for f in fields(cls)]
+    own = [(methods.get(name).Config, f, f"{name}-") for f in fields(methods.get(name).Config)]
+    for cls, f, prefix in plain + own:
+        flag = f"{prefix}{config.key_of(f).replace('_', '-')}"
+        assert f"--{flag}" in words
+        # the other form is said where it is the one that changes something
+        if config.base_type(cls, f) is bool:
+            assert (f"--no-{flag}" in words) == (f.default is not False)
+
+
+def test_switches_are_turned_off_by_their_other_form(lowrank):
+    Path("a.yaml").write_text("streaming: true\nmethod: galore\ngalore: {stagger: true}\n")
+    shown = printed(lowrank, "--config", "a.yaml", "--no-streaming", "--no-galore-stagger", "--no-plots")
+    assert (shown["streaming"], shown["galore"]["stagger"], shown["plots"]) == (False, False, False)
+    assert printed(lowrank, "--no-plots", "--plots")["plots"] is True
 
 
 def test_module_and_script_are_the_same(process):
@@ -70,8 +103,8 @@ def test_flags_win_over_yaml_over_preset_over_method_over_defaults(lowrank):
 
 def test_method_presets_follow_the_model(lowrank):
     assert printed(lowrank, "--method", "galore")["galore"]["rank"] == 32
-    assert printed(lowrank, "--method", "galore", "--model", "llama-7b")["galore"] == {
-        "rank": 1024, "update_proj_gap": 500, "scale": 0.25, "proj_type": "std"}  # fmt: skip
+    shown = printed(lowrank, "--method", "galore", "--model", "llama-7b")["galore"]
+    assert (shown["rank"], shown["update_proj_gap"], shown["scale"]) == (1024, 500, 0.25)
     assert printed(lowrank, "--method", "galore", "--model", "llama-60m")["galore"]["rank"] == 128
 
 
@@ -162,6 +195,20 @@ def test_a_recipe_takes_another_method(lowrank):
     assert shown["method"] == "full"
     assert "galore" not in shown
     assert shown["warmup_steps"] == 1000
+    # chosen by the recipe for GaLore: the new method has its own
+    assert (shown["lr"], shown["eps"]) == (1e-3, 1e-8)
+    assert printed(lowrank, "--preset", "galore-llama-60m", "--method", "full", "--lr", "0.004")["lr"] == 0.004
+    shown = printed(lowrank, "--preset", "galore-llama-60m", "--method", "galore+velora")
+    assert (shown["lr"], shown["eps"]) == (0.01, 1e-6)
+    # in a file of the user's own they stay
+    Path("a.yaml").write_text("method: galore\nlr: 0.02\n")
+    assert printed(lowrank, "--config", "a.yaml", "--method", "full")["lr"] == 0.02
+
+
+def test_7b_recipe_is_the_papers_8_bit_one(lowrank):
+    shown = printed(lowrank, "--preset", "galore-llama-7b")
+    assert (shown["optimizer"], shown["per_layer"], shown["grad_clipping"]) == ("adamw8bit", True, 1.0)
+    assert shown["galore"]["stagger"] is True
 
 
 def test_latest_is_resolved_before_a_new_run_takes_the_name(lowrank, tiny_flags):
@@ -172,6 +219,30 @@ def test_latest_is_resolved_before_a_new_run_takes_the_name(lowrank, tiny_flags)
     assert code == 0, err
     assert Path("runs/latest").resolve() != first
     assert yaml.safe_load(Path("runs/latest/config.yaml").read_text())["continue_from"] == f"runs/{first.name}"
+
+
+@pytest.mark.parametrize("key", ["model", "continue_from", "tokenizer", "model_config"])
+def test_links_in_a_path_are_resolved(key, lowrank, tmp_path):
+    Path("runs/first/model").mkdir(parents=True)
+    Path("runs/latest").symlink_to("first")
+    flag = f"--{key.replace('_', '-')}"
+    assert printed(lowrank, flag, "runs/latest")[key] == "runs/first"
+    assert printed(lowrank, flag, "runs/latest/model")[key] == "runs/first/model"
+    assert printed(lowrank, flag, f"../{tmp_path.name}/runs/latest/model")[key] == "runs/first/model"
+    assert printed(lowrank, flag, tmp_path / "runs/latest/model")[key] == str(tmp_path.resolve() / "runs/first/model")
+    assert printed(lowrank, flag, "./runs/first")[key] == "./runs/first"
+    assert printed(lowrank, flag, "someone/latest")[key] == "someone/latest"
+
+
+def test_null_below_a_method_is_no_settings(lowrank):
+    Path("a.yaml").write_text("method: galore\ngalore:\n")
+    assert printed(lowrank, "--config", "a.yaml") == printed(lowrank, "--method", "galore")
+
+
+def test_the_largest_seed_is_taken(lowrank, tiny_flags):
+    assert printed(lowrank, "--seed", 2**53 + 1)["seed"] == 2**53 + 1
+    code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 1, "--seed", 2**64 - 1)
+    assert code == 0, err
 
 
 def test_dry_run_counts_the_named_tokenizers_vocabulary(lowrank, test_data):

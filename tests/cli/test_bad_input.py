@@ -25,7 +25,7 @@ def assert_error(result, code: int, *parts: str) -> None:
 @pytest.mark.parametrize(("argv", "parts"), [
     (["--method", "galroe"], ["unknown method 'galroe'", "did you mean 'galore'?", "methods: full, galore"]),
     (["--method", "galore+full"], ["galore and full do not combine"]),
-    (["--method", "galore+galore"], ["galore and galore do not combine"]),
+    (["--method", "galore+galore"], ["galore is named twice in galore+galore"]),
     (["--preset", "galore-llama-6m"], ["unknown preset 'galore-llama-6m'", "did you mean 'galore-llama-60m'?"]),
     (["--galroe-rank", "3"], ["no option --galroe-rank"]),
     (["--galore-rank", "3"], ["--galore-rank is an option of galore, which was not chosen", "add --method galore"]),
@@ -44,6 +44,16 @@ def assert_error(result, code: int, *parts: str) -> None:
     (["--total-batch-size", "30"], ["30", "16", "32"]),
     (["--max-steps", "3", "--epochs", "2"], ["the length is given twice"]),
     (["--memory-budget", "big"], ["--memory-budget is 'big'", "24GB"]),
+    (["--memory-budget", "inf"], ["--memory-budget is 'inf'", "24GB"]),
+    (["--max-train-tokens", "inf"], ["--max-train-tokens is 'inf'", "such as 100M"]),
+    (["--beta1", "1"], ["--beta1 is 1.0", "smaller than 1"]),
+    (["--beta2", "1.5"], ["--beta2 is 1.5", "smaller than 1"]),
+    (["--min-lr-ratio", "5"], ["--min-lr-ratio is 5.0", "at most 1"]),
+    (["--seed", str(2**64)], [f"--seed is {2**64}", f"at most {2**64 - 1}"]),
+    (["--method"], ["--method needs a value", "lowrank pretrain --help"]),
+    (["--offline=3"], ["--offline takes no value"]),
+    (["--method", "galore", "--galore-moments", "rotate", "--optimizer", "adafactor"],
+     ["rotate does not go with --optimizer adafactor", "keep or reset"]),
     (["--device", "tpu"], ["--device is 'tpu'"]),
     (["--log", "tensorbord", "--max-steps", "1"], ["unknown logger 'tensorbord'", "did you mean 'tensorboard'?"]),
 ])  # fmt: skip
@@ -76,6 +86,32 @@ def test_config_file(lowrank):
     assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "a.yaml holds no settings")
     Path("a.yaml").write_text("method: full\ngalore: {rank: 3}\n")
     assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, "settings of galore are given, but the method is full")
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("model: [a]", ["model in a.yaml is ['a']", "takes a text"]),
+    ("model: 5", ["5", "--model"]),
+    ("dataset_config: no", ["dataset_config in a.yaml is False", "takes a text"]),
+    ("1: 3", ["a.yaml has the key 1"]),
+    ("method: galore\ngalore: {2: 3}", ["a.yaml has the key 2"]),
+    ("method: galore\ngalore: 3", ["galore in a.yaml is 3", "below it"]),
+    ("method: [galore]", ["method in a.yaml is ['galore']", "methods: full, galore"]),
+    ("method:", ["method in a.yaml is None"]),
+    ("lr: {a: 1}", ["lr in a.yaml is {'a': 1}", "takes a number"]),
+    ("galroe: {rank: 1}", ["unknown method 'galroe'", "did you mean 'galore'?"]),
+    ("max_steps: .inf", ["max_steps in a.yaml is inf", "a whole number"]),
+])  # fmt: skip
+def test_wrong_kinds_in_a_config_file(text, parts, lowrank):
+    Path("a.yaml").write_text(text + "\n")
+    assert_error(lowrank("pretrain", "--config", "a.yaml"), 2, *parts)
+    assert not Path("runs").exists()
+
+
+def test_only_a_close_flag_is_suggested(lowrank):
+    _, out, err = lowrank("pretrain", "--foo")
+    assert "did you mean" not in out + err
+    assert "lowrank pretrain --help lists the options" in err
+    assert "did you mean --max-steps?" in lowrank("pretrain", "--max-step", "3")[2]
 
 
 def test_dataset_files(lowrank, tmp_path):
@@ -148,7 +184,7 @@ def test_full_disk_leaves_the_last_checkpoint_whole(lowrank, tiny_flags, tmp_pat
     )
     assert child.returncode == 1, child.stderr
     assert "could not write the checkpoint of step 3" in child.stderr
-    assert f"make room, then go on from step-000004: --resume {Path('run').resolve()}" in child.stderr
+    assert f"make room, then go on from step-000002: --resume {Path('run').resolve()}" in child.stderr
     assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert sorted(p.name for p in Path("run/checkpoints/step-000002").iterdir()) == whole
     code, _, err = lowrank("pretrain", "--resume", "run/checkpoints/step-000002")

@@ -132,6 +132,17 @@ for packing in ("packed", "padded"):
         assert all(torch.equal(x["labels"], y["labels"]) for x, y in zip(a, b, strict=True))
     assert first.train.updates_per_epoch is None and list(first.validation())
 
+state = first.train.state_dict()
+other = build(DataConfig(dataset="me/whole", vocab_size=300, max_length=16, packing="padded"), **settings)
+try:
+    other.train.load_state_dict(state)
+except LowrankError as error:
+    assert "other data: dataset me/whole instead of me/small, held-out part train instead of None" in error.message, (
+        error.message
+    )
+else:
+    raise AssertionError("not refused")
+
 errors = []
 for config in (DataConfig(dataset="me/none"), DataConfig(dataset="me/small", text_field="body"),
                DataConfig(dataset="me/small", dataset_config="xx"), DataConfig(dataset="me/broken")):

@@ -198,6 +198,40 @@ def test_position_of_other_data_or_settings_is_refused(config, write, documents)
         build(same).train.load_state_dict(state)
 
 
+def test_streamed_position_of_other_data_or_another_tokenizer_is_refused(write, documents):
+    for name in ("a", "b"):
+        write(f"texts/{name}.jsonl", [{"text": t} for t in documents])
+    folder = write("texts/c.jsonl", [{"text": "one more"}]).parent
+    config = DataConfig(dataset=str(folder), vocab_size=300, max_length=32, streaming=True)
+    data = build(config)
+    data.train.next_update()
+    state = json.loads(json.dumps(data.train.state_dict()))
+    build(config).train.load_state_dict(state)
+    tokenizer = replace(config, tokenizer=str(folder.parent / "kept"))
+    data.tokenizer.save_pretrained(tokenizer.tokenizer)
+    build(tokenizer).train.load_state_dict(state)
+
+    with pytest.raises(UsageError, match="go on with a tokenizer of another vocabulary$"):
+        build(replace(config, vocab_size=290)).train.load_state_dict(state)
+    write("texts/a.jsonl", [{"text": "quite other words " + t[::-1]} for t in documents])
+    with pytest.raises(UsageError, match=r"other data: \S*a.jsonl has changed$"):
+        build(tokenizer).train.load_state_dict(state)
+    (folder / "b.jsonl").rename(folder / "d.jsonl")
+    with pytest.raises(
+        UsageError, match=r"a.jsonl has changed, \S*b.jsonl is missing, \S*d.jsonl is new; and with a "
+    ):
+        build(config).train.load_state_dict(state)
+    for name in "efg":
+        write(f"texts/{name}.jsonl", [{"text": t} for t in documents])
+    with pytest.raises(UsageError, match="and 3 more$"):
+        build(tokenizer).train.load_state_dict(state)
+    # the text field is part of what a file's documents are
+    write("body/a.jsonl", [{"body": t} for t in documents])
+    other = build(replace(tokenizer, dataset=str(folder.parent / "body"), text_field="body"))
+    with pytest.raises(UsageError, match="'body'.* instead of .*'text'"):
+        other.train.load_state_dict(state)
+
+
 def test_cache_is_reused_and_shared_between_lengths(config):
     told = []
     build(config, status=told.append)

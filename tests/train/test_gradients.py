@@ -8,8 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 
-def weights(run: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(run, "model", "model.safetensors"))
+def weights(run: str, folder: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(Path(run, folder, "model.safetensors"))
+
+
+def assert_same_training(a: str, b: str, quantized: bool = False) -> None:
+    """Equal to rounding at the first projected update; ten updates of Adam and two refreshes later, nearly so."""
+    second = "checkpoints/step-000002"
+    assert largest_difference(weights(a, second), weights(b, second)) < (1e-3 if quantized else 1e-6)
+    assert largest_difference(weights(a), weights(b)) < (5e-3 if quantized else 2e-5)
 
 
 def largest_difference(a: dict, b: dict) -> float:
@@ -22,17 +29,33 @@ def run(lowrank, out: str, flags: list[str], *more: object) -> dict[str, torch.T
     return weights(out)
 
 
-GALORE = ["--method", "galore", "--galore-rank", 8, "--galore-update-proj-gap", 4, "--eps", 1e-6, "--max-steps", 10]
+# Adam normalises entries that hold nothing but rounding; an eps over those keeps the comparison about the method
+GALORE = [
+    "--method",
+    "galore",
+    "--galore-rank",
+    8,
+    "--galore-update-proj-gap",
+    4,
+    "--eps",
+    1e-3,
+    "--max-steps",
+    10,
+    "--save-every",
+    2,
+    "--keep",
+    9,
+]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
 @pytest.mark.parametrize("mode", [["--per-layer"], ["--galore-in-backward"], ["--per-layer", "--galore-in-backward"]])
-@pytest.mark.parametrize("batch", [8, 2])
+@pytest.mark.parametrize("batch", [16, 4, 1])
 def test_every_mode_gives_the_plain_update(optimizer, mode, batch, lowrank, tiny_flags):
-    flags = [*tiny_flags, *GALORE, "--optimizer", optimizer, "--total-batch-size", 8]
-    plain = run(lowrank, "plain", flags, "--no-galore-in-backward", "--batch-size", 8)
-    other = run(lowrank, "other", flags, "--no-galore-in-backward", *mode, "--batch-size", batch)
-    assert largest_difference(other, plain) < (5e-3 if optimizer == "adamw8bit" else 1e-4)
+    flags = [*tiny_flags, *GALORE, "--optimizer", optimizer, "--total-batch-size", 16]
+    run(lowrank, "plain", flags, "--no-galore-in-backward", "--batch-size", 16)
+    run(lowrank, "other", flags, "--no-galore-in-backward", *mode, "--batch-size", batch)
+    assert_same_training("other", "plain", quantized=optimizer == "adamw8bit")
     losses = [
         [m["loss"] for m in map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines()) if "loss" in m]
         for out in ("plain", "other")
@@ -43,9 +66,9 @@ def test_every_mode_gives_the_plain_update(optimizer, mode, batch, lowrank, tiny
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
 def test_every_side_in_backward_gives_the_plain_update(proj_type, lowrank, tiny_flags):
     flags = [*tiny_flags, *GALORE, "--galore-proj-type", proj_type]
-    plain = run(lowrank, "plain", flags, "--no-galore-in-backward")
-    other = run(lowrank, "other", flags, "--galore-in-backward", "--batch-size", 2, "--total-batch-size", 4)
-    assert largest_difference(other, plain) < 1e-4
+    run(lowrank, "plain", flags, "--no-galore-in-backward")
+    run(lowrank, "other", flags, "--galore-in-backward", "--batch-size", 2, "--total-batch-size", 4)
+    assert_same_training("other", "plain")
 
 
 @pytest.mark.parametrize("mode", [["--per-layer"], ["--galore-in-backward"], []])
