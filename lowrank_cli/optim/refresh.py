@@ -41,7 +41,7 @@ def find_basis(
         rank: wanted columns; at most min(m, n) exist.
         side: "left" or "right".
         engine: one of ENGINES.
-        old: the basis so far, which `subspace` starts from and the cheap engines align to.
+        old: the basis so far, which `subspace` starts from and whose signs the cheap engines keep.
         seed: of the random start.
         name: of the tensor, for messages.
         warn: told when the old basis is kept.
@@ -126,9 +126,7 @@ def subspace(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) 
     matrix, basis = oriented(grad, side), old
     for _ in range(WARM_ROUNDS):
         basis = power_iteration(matrix, basis)
-    # QR leaves the signs free: a column points where its predecessor did
-    signs = torch.where((basis * old).sum(0) < 0, -1.0, 1.0)
-    return basis * signs
+    return align(basis, old)
 
 
 def oriented(grad: Tensor, side: str) -> Tensor:
@@ -142,12 +140,15 @@ def power_iteration(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def align(basis: Tensor, old: Tensor | None) -> Tensor:
-    """The same subspace in the coordinates nearest to the old basis's (orthogonal Procrustes), so that kept moments
-    keep their meaning; unchanged without an old basis."""
+    """The same singular vectors, each pointing where the old one of its place did; unchanged without an old basis.
+
+    A decomposition leaves their signs free, and a flipped vector would turn the kept moments of its coordinate against
+    it. Both bases are in descending order. Turning the whole basis towards the old one (orthogonal Procrustes) was tried
+    and trains worse: docs/log.md.
+    """
     if old is None:
         return basis
-    u, _, vh = torch.linalg.svd(basis.mT @ old)
-    return basis @ (u @ vh)
+    return basis * torch.where((basis * old).sum(0) < 0, -1.0, 1.0)
 
 
 def overlap(new: Tensor, old: Tensor) -> float:

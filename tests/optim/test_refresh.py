@@ -54,23 +54,24 @@ def test_engines_keep_what_the_svd_keeps(engine, shape, side):
 
 
 @pytest.mark.parametrize("engine", ["gram", "randomized", "subspace"])
-def test_cheap_engines_stay_near_the_old_basis(engine):
-    grad = decaying(48, 80)
+def test_cheap_engines_keep_the_old_basis_of_the_same_gradient(engine):
+    # apart enough for power iterations to tell the directions from each other
+    grad = decaying(48, 80, rate=0.5)
     old = find_basis(grad, 8, "left", engine)
     new = find_basis(grad, 8, "left", engine, old=old)
     # kept moments keep their meaning: column i is still about column i, with its sign
     assert float((new * old).sum(0).min()) > 0.99
 
 
-def test_align_keeps_the_subspace_and_finds_the_nearest_coordinates():
+def test_align_turns_every_vector_to_its_predecessors_side():
     torch.manual_seed(0)
     old = torch.linalg.qr(torch.randn(30, 5)).Q
-    turned = old @ torch.linalg.qr(torch.randn(5, 5)).Q
-    assert torch.allclose(align(turned, old), old, atol=1e-5)
+    flipped = old * torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
+    assert torch.equal(align(flipped, old), old)
     other = torch.linalg.qr(torch.randn(30, 5)).Q
     aligned = align(other, old)
+    assert ((aligned * old).sum(0) >= 0).all()
     assert overlap(aligned, other) == pytest.approx(1, abs=1e-5)
-    assert torch.trace(aligned.mT @ old) >= torch.trace(other.mT @ old)
 
 
 def test_randomized_leaves_the_global_generator_alone_and_repeats():
@@ -126,8 +127,7 @@ def test_a_failing_decomposition_falls_back_and_says_so(engine, monkeypatch):
     for name in ("svd", "qr"):
         monkeypatch.setattr(torch.linalg, name, fail)
     if engine != "gram":
-        # the eigenproblem in float64 is left, and needs no alignment for svd
-        monkeypatch.setattr("lowrank_cli.optim.refresh.align", lambda basis, _: basis)
+        # the eigenproblem in float64 is left
         assert kept(grad, find_basis(grad, 4, "left", engine), "left") > 0.98
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     said = []

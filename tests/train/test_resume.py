@@ -164,7 +164,8 @@ def test_optimizer_state_holds_tensors_and_numbers_only(lowrank, tiny_flags):
     tensors = load_file("run/checkpoints/step-000002/optimizer.safetensors")
     assert {key.rpartition("|")[2] for key in tensors} == {"exp_avg", "exp_avg_sq", "basis_left", "basis_right"}
     progress = json.loads(Path("run/checkpoints/step-000002/progress.json").read_text())
-    assert all(entries == {"step": 2} for entries in progress["optimizer_numbers"].values())
+    assert all(entries["step"] == 2 for entries in progress["optimizer_numbers"].values())
+    assert all(type(v) in (int, float) for entries in progress["optimizer_numbers"].values() for v in entries.values())
 
 
 def test_keep_prunes_old_checkpoints(lowrank, tiny_flags):
