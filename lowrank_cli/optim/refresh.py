@@ -143,8 +143,8 @@ def align(basis: Tensor, old: Tensor | None) -> Tensor:
     """The same singular vectors, each pointing where the old one of its place did; unchanged without an old basis.
 
     A decomposition leaves their signs free, and a flipped vector would turn the kept moments of its coordinate against
-    it. Both bases are in descending order. Turning the whole basis towards the old one (orthogonal Procrustes) was tried
-    and trains worse: docs/log.md.
+    it. Both bases are in descending order. Turning the whole basis towards the old one (orthogonal Procrustes) was
+    tried: docs/log.md.
     """
     if old is None:
         return basis

@@ -169,7 +169,7 @@ def test_8bit_moments_rotate_too():
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(40, 60)) for _ in range(2)]
     weights[1].data.copy_(weights[0].data)
-    tags = {"rank": 10, "update_proj_gap": 3, "scale": 1.0, "moments": "rotate", "refresh": "gram"}
+    tags = {"rank": 10, "update_proj_gap": 3, "scale": 1.0, "moments": "rotate", "refresh": "subspace"}
     exact = GaLoreAdamW([{"params": [weights[0]], **tags}], lr=1e-2, eps=1e-8)
     coarse = GaLoreAdamW8bit([{"params": [weights[1]], **tags}], lr=1e-2, weight_decay=0.0, min_8bit_size=1)
     start = weights[0].detach().clone()
