@@ -65,8 +65,9 @@ class GaLore(Method):
         )
         moments: str = option(
             "keep",
-            "the moments at a refresh: kept as in the paper, rotated or reset",
-            choices=("keep", "rotate", "reset"),
+            "the moments at a refresh: kept as in the paper, kept with the basis's signs aligned to the old one's, "
+            "rotated or reset",
+            choices=("keep", "align", "rotate", "reset"),
         )
         stagger: bool = option(False, "spread the refreshes of the tensors over the gap")
         lazy_refresh: bool = option(False, "double the gap of a basis that has stopped moving (Q-GaLore)")

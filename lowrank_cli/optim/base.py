@@ -14,7 +14,7 @@ from lowrank_cli.optim.factored import factored_sign_
 from lowrank_cli.optim.projection import expand_add_, expand_add_rounded_, project, sides, stochastic_round, unfold
 from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
 
-MOMENTS = ("keep", "rotate", "reset")
+MOMENTS = ("keep", "align", "rotate", "reset")
 
 # Q-GaLore, arXiv:2407.08296: a basis that stayed this similar twice in a row is refreshed half as often
 CALM_OVERLAP, CALM_REFRESHES = 0.4, 2
@@ -29,7 +29,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     A group without `rank` is an ordinary one. In a group with `rank` the update rule runs on the projected gradient
     and its result is expanded straight into the weight. Further keys of such a group, with galore-torch's behaviour as
-    the default: `refresh` (an engine of optim/refresh.py), `moments` (keep, rotate or reset at a refresh), `stagger`
+    the default: `refresh` (an engine of optim/refresh.py), `moments` (keep, align, rotate or reset at a refresh), `stagger`
     (spread the refreshes over the gap), `lazy_refresh` (double the gap of a basis that has stopped moving). Any group
     may say `stochastic_rounding`, for bfloat16 weights.
 
@@ -210,7 +210,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             matrix, stands = unfold(p.grad, side)
             seed = zlib.crc32(f"{place} {side} {state['refreshes']}".encode())
             new = find_basis(
-                matrix, group["rank"], stands, group["refresh"], old, seed=seed, name=name, warn=console.warn
+                matrix,
+                group["rank"],
+                stands,
+                group["refresh"],
+                old,
+                seed=seed,
+                name=name,
+                keep_signs=group["moments"] == "align",
+                warn=console.warn,
             )
             if old is not None:
                 change[side] = old.float().mT @ new.float()  # (r, r)

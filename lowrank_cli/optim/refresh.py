@@ -27,6 +27,7 @@ def find_basis(
     engine: str = "svd",
     old: Tensor | None = None,
     *,
+    keep_signs: bool = False,
     seed: int = 0,
     name: str = "",
     warn: Callable[[str], None] = lambda _: None,
@@ -41,7 +42,8 @@ def find_basis(
         rank: wanted columns; at most min(m, n) exist.
         side: "left" or "right".
         engine: one of ENGINES.
-        old: the basis so far, which `subspace` starts from and whose signs the cheap engines keep.
+        old: the basis so far, which `subspace` starts from.
+        keep_signs: turn every vector to the side on which the old one of its place pointed.
         seed: of the random start.
         name: of the tensor, for messages.
         warn: told when the old basis is kept.
@@ -74,6 +76,8 @@ def find_basis(
             warn(f"{engine} found no basis for {name or 'a tensor'}: the old one stays")
     if basis is None:
         basis = warm if warm is not None else torch.eye(size, rank, device=grad.device)
+    if keep_signs:
+        basis = align(basis, warm)
     return basis.to(grad.dtype, copy=True).contiguous()
 
 
@@ -92,7 +96,7 @@ def gram(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> T
     else:
         right = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors.flip(-1)[:, :rank]
         basis = torch.linalg.qr(matrix @ right).Q
-    return align(basis, old)
+    return basis
 
 
 def randomized(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
@@ -112,7 +116,7 @@ def randomized(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int
     if width > rank:
         small = matrix.mT @ basis  # (n, width)
         basis = basis @ torch.linalg.eigh(small.mT @ small).eigenvectors.flip(-1)[:, :rank]
-    return align(basis, old)
+    return basis
 
 
 def subspace(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
@@ -126,7 +130,7 @@ def subspace(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) 
     matrix, basis = oriented(grad, side), old
     for _ in range(WARM_ROUNDS):
         basis = power_iteration(matrix, basis)
-    return align(basis, old)
+    return basis
 
 
 def oriented(grad: Tensor, side: str) -> Tensor:
@@ -142,9 +146,8 @@ def power_iteration(matrix: Tensor, basis: Tensor) -> Tensor:
 def align(basis: Tensor, old: Tensor | None) -> Tensor:
     """The same singular vectors, each pointing where the old one of its place did; unchanged without an old basis.
 
-    A decomposition leaves their signs free, and a flipped vector would turn the kept moments of its coordinate against
-    it. Both bases are in descending order. Turning the whole basis towards the old one (orthogonal Procrustes) was
-    tried: docs/log.md.
+    A decomposition leaves their signs free, and a flipped vector turns the kept moments of its coordinate against it.
+    Turning the whole basis towards the old one (orthogonal Procrustes) was tried too: docs/log.md.
     """
     if old is None:
         return basis
