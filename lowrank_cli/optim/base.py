@@ -29,9 +29,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     A group without `rank` is an ordinary one. In a group with `rank` the update rule runs on the projected gradient
     and its result is expanded straight into the weight. Further keys of such a group, with galore-torch's behaviour as
-    the default: `refresh` (an engine of optim/refresh.py), `moments` (keep, align, rotate or reset at a refresh), `stagger`
-    (spread the refreshes over the gap), `lazy_refresh` (double the gap of a basis that has stopped moving). Any group
-    may say `stochastic_rounding`, for bfloat16 weights.
+    the default: `refresh` (an engine of optim/refresh.py), `moments` (keep, align, rotate or reset at a refresh),
+    `stagger` (spread the refreshes over the gap), `lazy_refresh` (double the gap of a basis that has stopped moving).
+    Any group may say `stochastic_rounding`, for bfloat16 weights.
 
     The gradient of a projected parameter is its `.grad`, or what `accumulate` has summed: then the full gradient never
     exists. State holds tensors and numbers only, so that it loads with `weights_only=True`: `step`, what the rule
