@@ -1,11 +1,8 @@
 """The Makefile: what it promises it has, and the demo installs no more than it needs."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -17,7 +14,6 @@ def test_every_phony_target_has_a_rule():
     assert [t for t in targets if not re.search(rf"^{t}:", text, re.MULTILINE)] == []
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_only_tests_install_the_test_extra():
     def plan(target: str) -> str:
         # VENV elsewhere: nothing is installed yet
