@@ -38,11 +38,11 @@ def run(command: str, given: dict[str, Any], method_given: dict[str, dict[str, A
         RunDir.check(call.out)
     else:
         check_same(folder, resolved)
-    from lowrank_cli.train import loop
     from lowrank_cli.train.finish import summary
+    from lowrank_cli.train.prepare import prepare
 
     # whatever is wrong shows here, before anything is written
-    session = loop.prepare(resolved)
+    session = prepare(resolved)
     if folder is None:
         folder = RunDir.create(call.out, name_of(resolved))
         (folder.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")

@@ -1,6 +1,8 @@
 """Low-rank training and compression of language models: the library behind the `lowrank` command."""
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -18,6 +20,47 @@ _PUBLIC = {
 }
 
 __all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "__version__"]
+
+
+class _Registration:
+    """Teaches Transformers to load compressed models when it is imported: importing this package stays cheap.
+
+    A finder of modules: it lets the usual ones find Transformers' table of quantizers, and adds ours to the table once
+    it has run.
+    """
+
+    table = "transformers.quantizers.auto"
+    looking = False
+
+    def find_spec(self, fullname, path=None, target=None):
+        """The module's own spec, whose loader registers afterwards; None for any other module."""
+        if fullname != self.table or self.looking:
+            return None
+        self.looking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.looking = False
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module) -> None:
+                run(module)
+                self.register()
+
+            spec.loader.exec_module = run_and_register
+        return spec
+
+    def register(self) -> None:
+        """Add the quantizer to the table, which is imported by now; the module does that itself."""
+        import_module("lowrank_cli.models.lowrank_quantizer")
+
+
+_registration = _Registration()
+if _registration.table in sys.modules:
+    _registration.register()
+elif not any(type(finder).__name__ == "_Registration" for finder in sys.meta_path):
+    sys.meta_path.insert(0, _registration)
 
 
 def __getattr__(name: str):

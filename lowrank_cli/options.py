@@ -12,18 +12,11 @@ import typer
 from typer.core import TyperCommand
 
 from lowrank_cli import methods
-from lowrank_cli.config import (
-    SECTIONS,
-    Invocation,
-    base_type,
-    coerce,
-    key_of,
-    preset_names,
-    preset_summary,
-    read_yaml,
-)
+from lowrank_cli.config import offered, preset_names, preset_summary, read_yaml
 from lowrank_cli.errors import LowrankError
+from lowrank_cli.fields import base_type, coerce, key_of
 from lowrank_cli.run import RUNS
+from lowrank_cli.settings import COMMANDS
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 SWITCHES = "What a preset or a file switches on, --no-NAME switches off, such as --no-streaming."
@@ -58,6 +51,9 @@ def peek_methods(argv: Sequence[str], command: str) -> list[type[methods.Method]
 
     Mistakes are left for the command to report: here they choose nothing.
     """
+    default = COMMANDS[command].method if command in COMMANDS else "full"
+    if default is None:
+        return []
     chosen = peek(argv, "method")
     if chosen is None:
         files = [peek(argv, "config"), *(preset_names().get(p) for p in [peek(argv, "preset")] if p)]
@@ -71,7 +67,7 @@ def peek_methods(argv: Sequence[str], command: str) -> list[type[methods.Method]
             except LowrankError:
                 continue
     try:
-        return methods.compose(str(chosen or "full"), command)
+        return methods.compose(str(chosen or default), command)
     except LowrankError:
         return []
 
@@ -80,7 +76,7 @@ def register(
     app: typer.Typer,
     command: str,
     help: str,
-    handler: Callable[[dict[str, Any], dict[str, dict[str, Any]], Invocation], None],
+    handler: Callable[[dict[str, Any], dict[str, dict[str, Any]], Any], None],
     argv: Sequence[str],
 ) -> None:
     """Add a command whose flags are the configuration's fields.
@@ -93,36 +89,50 @@ def register(
             only.
         argv: the arguments, read ahead for the chosen methods.
     """
+    spec = COMMANDS[command]
     chosen = peek_methods(argv, command)
-    available = [n for n in methods.names() if command in methods.get(n).commands]
-    parameters = [
-        parameter("method", "method", str, f"{', '.join(available)}; join two with +", "full", "Method", "TEXT")
-    ]
+    parameters = []
+    if spec.method is not None:
+        available = [n for n in methods.names() if command in methods.get(n).commands]
+        parameters.append(
+            parameter(
+                "method", "method", str, f"{', '.join(available)}; join two with +", spec.method, "Method", "TEXT"
+            )
+        )
     for part in chosen:
         parameters += [
             of_field(part.Config, f, f"{part.title} (--method {part.name})", part.name) for f in fields(part.Config)
         ]
-    overrides = {key: value for part in chosen for key, value in part.defaults.items()}
-    for cls in (*SECTIONS.values(), Invocation):
-        parameters += [of_field(cls, f, cls.__doc__, overrides=overrides) for f in fields(cls)]
+    overrides = spec.defaults | {key: value for part in chosen for key, value in part.defaults.items()}
+    for cls in spec.sections.values():
+        for f in offered(command, cls):
+            if key_of(f) == spec.argument:
+                parameters.insert(0, argument(f))
+            else:
+                parameters.append(of_field(cls, f, cls.__doc__, overrides=overrides))
+    parameters += [of_field(spec.call, f, spec.call.__doc__, negatable=False) for f in fields(spec.call)]
 
     def call(**values: Any) -> None:
-        plain = {f: values.pop(f) for f in [key_of(f) for c in SECTIONS.values() for f in fields(c)]}
+        plain = {f: values.pop(f) for f in [key_of(f) for c in spec.sections.values() for f in offered(command, c)]}
+        if spec.argument:
+            plain[spec.argument] = ",".join(plain[spec.argument] or []) or None
         own = {p.name: {key_of(f): values.pop(f"{p.name}_{key_of(f)}") for f in fields(p.Config)} for p in chosen}
-        invocation = Invocation(
+        once = spec.call(
             **{
-                f.name: coerce(Invocation, f, values[key_of(f)], f"--{key_of(f)}")
-                for f in fields(Invocation)
+                f.name: coerce(spec.call, f, values[key_of(f)], f"--{key_of(f)}")
+                for f in fields(spec.call)
                 if values[key_of(f)] is not None
             }
         )
-        plain["method"] = values["method"]
-        handler(plain, own, invocation)
+        if spec.method is not None:
+            plain["method"] = values["method"]
+        handler(plain, own, once)
 
     call.__signature__ = inspect.Signature(parameters)
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__name__ = command.replace("-", "_")
-    app.command(command, cls=Command, help=help, epilog=f"{SWITCHES}\n\n{listing(command)}")(call)
+    epilog = f"{SWITCHES}\n\n{listing(command)}" if spec.method is not None else SWITCHES
+    app.command(command, cls=Command, help=help, epilog=epilog)(call)
 
 
 def listing(command: str = "") -> str:
@@ -136,7 +146,17 @@ def listing(command: str = "") -> str:
     return "\n".join(lines)
 
 
-def of_field(cls, f, panel: str, prefix: str = "", overrides: dict[str, Any] | None = None) -> inspect.Parameter:
+def argument(f) -> inspect.Parameter:
+    """The positional argument of a command; it may be left out, and several are joined by commas."""
+    info = typer.Argument(help=f.metadata["help"], metavar=f"[{key_of(f).upper()}]...", show_default=False)
+    return inspect.Parameter(
+        key_of(f), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, info]
+    )
+
+
+def of_field(
+    cls, f, panel: str, prefix: str = "", overrides: dict[str, Any] | None = None, negatable: bool = True
+) -> inspect.Parameter:
     """The flag of one configuration field; `overrides` are defaults that the chosen methods change."""
     name = f"{prefix}_{key_of(f)}" if prefix else key_of(f)
     kind = base_type(cls, f)
@@ -150,7 +170,7 @@ def of_field(cls, f, panel: str, prefix: str = "", overrides: dict[str, Any] | N
         help = f"{help}; one of {', '.join(map(str, choices))}"
     if kind is bool and value is not False:
         help = f"{help}; --no-{name.replace('_', '-')} switches it off"
-    return parameter(name, name, kind, help, default, panel, metavar, short, negatable=cls is not Invocation)
+    return parameter(name, name, kind, help, default, panel, metavar, short, negatable=negatable)
 
 
 def parameter(

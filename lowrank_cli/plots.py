@@ -14,6 +14,13 @@ PANELS = (
     # file, title, [(key, label)], y label, logarithmic
     ("loss", "Loss", [("loss", "training, a batch"), ("eval_loss", "validation")], "nats per token", False),
     ("perplexity", "Validation perplexity", [("eval_perplexity", "validation")], "perplexity", True),
+    (
+        "metrics",
+        "Validation metrics",
+        [(f"eval_{key}", key) for key in ("accuracy", "f1", "matthews_correlation", "pearson", "spearman")],
+        "score",
+        False,
+    ),
     ("learning_rate", "Learning rate", [("lr", "learning rate")], "learning rate", False),
     ("throughput", "Throughput", [("tokens_per_second", "tokens/s")], "tokens per second", False),
     ("memory", "Peak memory", [("memory", "peak memory")], "GiB", False),

@@ -17,6 +17,7 @@ from lowrank_cli import __version__, console
 from lowrank_cli.errors import LowrankError, MissingError, UsageError
 
 RUNS = Path("runs")
+MODEL_FILES = ("config.json", "adapter_config.json")
 VERSIONED = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "bitsandbytes", "peft")
 
 
@@ -81,6 +82,17 @@ class RunDir:
                 return cls(folder.resolve() if folder.is_symlink() else folder)
         where = f"no run at {path}" if path else "no run under ./runs yet"
         raise MissingError(where, "train one: lowrank pretrain --method galore")
+
+    @staticmethod
+    def newest_with_model() -> Path | None:
+        """The newest run under ./runs that has a model or a checkpoint; None if there is none."""
+
+        def has_model(run: Path) -> bool:
+            whole = [run / "model", *sorted(run.glob("checkpoints/step-*"))]
+            return any((folder / file).is_file() for folder in whole for file in MODEL_FILES)
+
+        found = [p for p in RUNS.glob("*") if not p.is_symlink() and (p / "run.json").is_file() and has_model(p)]
+        return max(found, key=lambda p: p.name, default=None)
 
     def point_latest(self) -> None:
         """Make runs/latest point here, if the run is under ./runs."""

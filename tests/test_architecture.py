@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lowrank_cli"
 
 # each layer may import itself and the layers after it; the last one may be imported by everyone
-LAYERS = [{"commands", "main", "options", "__main__"}, {"train"}, {"evaluate", "data", "methods"},
-          {"models", "optim", "memory", "plots"}, {"ops"}, {"config", "errors", "run", "console"}]  # fmt: skip
+LAYERS = [{"commands", "main", "options", "__main__"}, {"train", "compress"}, {"evaluate", "data", "methods"},
+          {"svd", "models", "optim", "memory", "plots"}, {"ops"},
+          {"config", "settings", "fields", "errors", "run", "console"}]  # fmt: skip
 
 
 def files() -> list[Path]:

@@ -152,6 +152,12 @@ def open_source(config: DataConfig, part: str = "train", *, offline: bool = Fals
     return _open(config.dataset, config, part, "all" if config.validation_dataset else "held_out", offline)
 
 
+def is_hub_id(dataset: str) -> bool:
+    """Whether a name that is no path here may be one on the hub."""
+    looks_local = ending(Path(dataset)) or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
+    return not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) is not None
+
+
 def keeps(held_out: str | None, document: int) -> bool:
     """Whether the part keeps the document of this number (from 0); held_out as in FileSource."""
     # the second, not the twentieth: two documents are then enough for both parts
@@ -177,8 +183,7 @@ def _open(dataset: str, config: DataConfig, part: str, otherwise: str, offline: 
     path = Path(dataset).expanduser()
     if path.exists():
         return _local(path, config.text_field, part, otherwise)
-    looks_local = ending(path) or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
-    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+    if not is_hub_id(dataset):
         raise MissingError(f"there is no file or folder {dataset}", FORMS)
     # datasets takes two seconds to import; files do not need it
     from lowrank_cli.data.hub import HubSource

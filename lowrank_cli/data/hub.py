@@ -101,6 +101,16 @@ class HubSource(Source):
         )
 
 
+def whole(dataset: str, dataset_config: str | None, *, offline: bool) -> dict[str, datasets.Dataset]:
+    """The splits of a data set by name, downloaded whole into the cache of `datasets`; raises as HubSource does."""
+    offline = is_offline(offline)
+    try:
+        with _no_network(offline):
+            return dict(datasets.load_dataset(dataset, dataset_config))
+    except (OSError, HTTPError, datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
+        raise _load_error(dataset, dataset_config, offline, error) from error
+
+
 def is_offline(offline: bool) -> bool:
     """Whether the caller or the environment (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE) forbids the network."""
     forbidden = ("1", "ON", "YES", "TRUE")

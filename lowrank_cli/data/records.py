@@ -1,4 +1,4 @@
-"""The documents of one local file, by its ending; every broken record is named by file and line."""
+"""The documents or records of one local file, by its ending; every broken record is named by file and line."""
 
 import csv
 import gzip
@@ -32,7 +32,26 @@ def read_documents(path: Path, text_field: str) -> Iterator[str | None]:
     Raises:
         UsageError: the file or a record of it cannot be read.
     """
+    if ending(path).startswith(".txt"):
+        return _readable(path, _pieces(path))
+    return (text_of(record, text_field, where) for where, record in read_records(path, text_field))
 
+
+def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The records of a file in order, each after its place for messages, such as "a.jsonl, line 3".
+
+    Args:
+        path: with one of ENDINGS but .txt.
+        column: the only one that is read of a .parquet file; None reads all.
+    Raises:
+        UsageError: the file or a record of it cannot be read, or is not of this kind.
+    """
+    if ending(path).startswith(".txt"):
+        raise UsageError(f"{path} is plain text, which has no records", "give a .json, .jsonl, .csv or .parquet file")
+    return _readable(path, _parquet(path, column) if ending(path) == ".parquet" else _text_file(path))
+
+
+def _readable(path: Path, items: Iterator[Record]) -> Iterator[Record]:
     def broken(error: Exception) -> UsageError:
         if isinstance(error, UnicodeDecodeError):
             return UsageError(f"{path} is not UTF-8 text: {error.reason}", "save it as UTF-8")
@@ -43,8 +62,7 @@ def read_documents(path: Path, text_field: str) -> Iterator[str | None]:
             )
         return UsageError(f"{path} cannot be read: {error}", "check the file and its permissions")
 
-    read = _parquet if ending(path) == ".parquet" else _text_file
-    return translated(read(path, text_field), (UnicodeDecodeError, *_BROKEN_GZIP, OSError), broken)
+    return translated(items, (UnicodeDecodeError, *_BROKEN_GZIP, OSError), broken)
 
 
 def translated(
@@ -93,17 +111,20 @@ def pieces(lines: Iterable[str], limit: int = PIECE) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _text_file(path: Path, text_field: str) -> Iterator[str | None]:
+def _pieces(path: Path) -> Iterator[str]:
+    with _open_text(path) as file:
+        yield from pieces(iter(lambda: file.readline(PIECE), ""))
+
+
+def _text_file(path: Path) -> Iterator[tuple[str, Any]]:
     kind = ending(path)
     with _open_text(path) as file:
-        if kind.startswith(".txt"):
-            yield from pieces(iter(lambda: file.readline(PIECE), ""))
-        elif kind.startswith(".csv"):
-            yield from _csv(path, file, text_field)
+        if kind.startswith(".csv"):
+            yield from _csv(path, file)
         elif kind.startswith(".jsonl") or not _starts_with_bracket(file):
-            yield from _json_lines(path, file, text_field)
+            yield from _json_lines(path, file)
         else:
-            yield from _json_list(path, file, text_field)
+            yield from _json_list(path, file)
 
 
 def _open_text(path: Path) -> TextIO:
@@ -120,7 +141,7 @@ def _starts_with_bracket(file: TextIO) -> bool:
     return character == "["
 
 
-def _json_lines(path: Path, file: TextIO, text_field: str) -> Iterator[str | None]:
+def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -131,10 +152,10 @@ def _json_lines(path: Path, file: TextIO, text_field: str) -> Iterator[str | Non
                 f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})",
                 "a .json file is a list of objects or one object a line; a .jsonl file is one object a line",
             ) from error
-        yield text_of(record, text_field, f"{path}, line {number}")
+        yield f"{path}, line {number}", record
 
 
-def _json_list(path: Path, file: TextIO, text_field: str) -> Iterator[str | None]:
+def _json_list(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
     try:
         records = json.load(file)
     except json.JSONDecodeError as error:
@@ -143,10 +164,10 @@ def _json_list(path: Path, file: TextIO, text_field: str) -> Iterator[str | None
             "a .json file is a list of objects or one object a line",
         ) from error
     for number, record in enumerate(records, 1):
-        yield text_of(record, text_field, f"{path}, record {number}")
+        yield f"{path}, record {number}", record
 
 
-def _csv(path: Path, file: TextIO, text_field: str) -> Iterator[str | None]:
+def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
     # the default of 128 KiB a value is less than one long document
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.DictReader(file)
@@ -158,10 +179,10 @@ def _csv(path: Path, file: TextIO, text_field: str) -> Iterator[str | None]:
         )
 
     for row in translated(iter(reader), (csv.Error,), broken):
-        yield text_of(row, text_field, f"{path}, line {reader.line_num}")
+        yield f"{path}, line {reader.line_num}", row
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[str | None]:
+def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -170,29 +191,29 @@ def _parquet(path: Path, text_field: str) -> Iterator[str | None]:
             f"{path} is not a readable parquet file: {str(error).splitlines()[0]}", "fetch or write it again"
         )
 
-    def texts() -> Iterator[str | None]:
+    def rows() -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise _no_field(str(path), text_field, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                yield from batch.column(0).to_pylist()
+            if column is not None and column not in file.schema_arrow.names:
+                raise _no_field(str(path), column, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+                yield from batch.to_pylist()
 
-    for number, text in enumerate(translated(texts(), (pyarrow.ArrowException, OSError), broken), 1):
-        yield text_of({text_field: text}, text_field, f"{path}, record {number}")
+    for number, row in enumerate(translated(rows(), (pyarrow.ArrowException, OSError), broken), 1):
+        yield f"{path}, record {number}", row
 
 
 def text_of(record: Any, text_field: str, where: str) -> str | None:
     """The text of a record; UsageError with the place if it has none."""
     if not isinstance(record, dict):
         raise UsageError(
-            f"{where}: a record is an object with a '{text_field}' key, not {_kind(record)}",
+            f"{where}: a record is an object with a '{text_field}' key, not {kind_of(record)}",
             'one object a line, such as {"text": "..."}',
         )
     if text_field not in record:
         raise _no_field(where, text_field, record)
     text = record[text_field]
     if text is not None and not isinstance(text, str):
-        raise UsageError(f"{where}: '{text_field}' is {_kind(text)}, not text", "name another key with --text-field")
+        raise UsageError(f"{where}: '{text_field}' is {kind_of(text)}, not text", "name another key with --text-field")
     return text
 
 
@@ -201,7 +222,8 @@ def _no_field(where: str, text_field: str, keys: Iterable[str]) -> UsageError:
     return UsageError(f"{where}: no '{text_field}'; keys: {known}", "name the key of the text with --text-field")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in a user's words."""
     names = {
         dict: "an object",
         list: "a list",

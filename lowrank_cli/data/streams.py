@@ -73,11 +73,14 @@ class EpochRows:
         for position in range(self._position, self._position + count):
             epoch, index = divmod(position, len(self.corpus))
             if epoch != self._epoch:
-                self._epoch = epoch
-                self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.corpus))
+                self._epoch, self._order = epoch, self.order(epoch)
             rows.append(self.corpus[int(self._order[index])])
         self._position += count
         return rows
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows' numbers in the order of an epoch, a function of the seed and the epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.corpus))
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self._position, "digest": self.corpus.digest}

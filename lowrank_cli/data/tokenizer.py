@@ -116,6 +116,8 @@ def _beginning(source: Source) -> Iterator[str]:
 
 def _named(name: str, offline: bool) -> PreTrainedTokenizerFast:
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if path.is_file():
         return _from_file(path)
     if path.is_dir():

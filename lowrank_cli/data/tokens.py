@@ -58,10 +58,11 @@ class TrainStream:
         rows = self._rows.take(self._total)
         share = self._total // self._world_size
         mine = rows[self._rank * share : (self._rank + 1) * share]
-        return [
-            collate(mine[i : i + self._batch_size], self._pad, self._max_length)
-            for i in range(0, share, self._batch_size)
-        ]
+        return [self.batch(mine[i : i + self._batch_size]) for i in range(0, share, self._batch_size)]
+
+    def batch(self, rows: list[Row]) -> Batch:
+        """The micro-batch of some rows."""
+        return collate(rows, self._pad, self._max_length)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next update, as JSON; the same on every rank."""
@@ -159,7 +160,7 @@ def build(
         UsageError: the dataset, the tokenizer or the batch sizes cannot be used.
         MissingError: the dataset or the tokenizer is not there.
     """
-    _check_total(total_batch_size, batch_size, world_size)
+    check_total(total_batch_size, batch_size, world_size)
     train_source = open_source(config, "train", offline=offline)
     validation_source = open_source(config, "validation", offline=offline)
     for source in (train_source, validation_source):
@@ -254,7 +255,8 @@ def _check_first(source: Source) -> None:
     source.load_state_dict({})
 
 
-def _check_total(total_batch_size: int, batch_size: int, world_size: int) -> None:
+def check_total(total_batch_size: int, batch_size: int, world_size: int) -> None:
+    """Raises UsageError unless an update is a whole number of micro-batches on every process."""
     unit = batch_size * world_size
     if total_batch_size % unit == 0:
         return

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lowrank_cli.optim import state_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from lowrank_cli.config import RunConfig
@@ -44,9 +46,17 @@ class Method:
     Config: ClassVar[type]  # frozen dataclass of option(default, help): flags, YAML keys and docs come from it
     defaults: ClassVar[dict[str, Any]] = {}  # plain settings that differ with this method, such as lr
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model preset -> settings of this method
+    adapter: ClassVar[bool] = False  # the base is frozen; what trains is saved apart from it, as PEFT's files
+
+    command: str = ""  # the one that runs it, for what differs between them; `apply_methods` sets it
 
     def __init__(self, config: Any):
         self.config = config
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether these settings train an adapter on a frozen base."""
+        return self.adapter
 
     def check(self, run: RunConfig) -> None:
         """Called when a configuration has been resolved: raises UsageError for settings that do not go together."""
@@ -58,6 +68,9 @@ class Method:
         """Split and tag the optimizer's groups. A group's `params` are (name, parameter) pairs; `role` says what
         happens to them and `why`, where it helps, why nothing more does."""
         return groups
+
+    def before_step(self, model: nn.Module) -> None:
+        """Called once an update, when all its micro-batches have had their backward, before clipping and the step."""
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
         """Called after every update (re-normalise, re-compose); returns metrics to log."""
@@ -72,6 +85,16 @@ class Method:
 
     def merge(self, model: nn.Module) -> None:
         """Turn the model into a plain Transformers model, in place."""
+
+    def save_adapter(self, model: nn.Module, folder: Path, base: str) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, as PEFT loads them. Adapter methods only.
+
+        Args:
+            model: the model with the adapter in it.
+            folder: an empty folder.
+            base: the folder or the hub id of the base model.
+        """
+        raise NotImplementedError(f"{self.title} trains no adapter")
 
     def memory(
         self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw", group: dict | None = None

@@ -42,6 +42,8 @@ LETTERS = {
 }
 # linears of a layer that read the same tensor: wrapping some of them frees nothing
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+# what PEFT calls the two linears of an adapter
+ADAPTER_INPUT, ADAPTER_OUTPUT = ".lora_A.default", ".lora_B.default"
 # features in a group, where num_groups is left open
 GROUP_SIZE = 16
 
@@ -51,7 +53,7 @@ class VeLoRA(Method):
     paper = "https://arxiv.org/abs/2405.17991"
     summary = "activations kept as one number for each group of features"
     acts_on = frozenset({"activations"})
-    commands = frozenset({"pretrain"})
+    commands = frozenset({"pretrain", "finetune"})
     presets = {"llama-60m": {"num_groups": "64,86"}, "llama-130m": {"num_groups": "64,64"}}
 
     @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class VeLoRA(Method):
             )
         compressors: dict[tuple, Compressor] = {}
         for name, (module, num_groups) in self.targets(model).items():
-            parent, _, leaf = name.rpartition(".")
+            parent, _, leaf = name.removesuffix(ADAPTER_INPUT).rpartition(".")
             family = next((s for s in SIBLINGS if leaf in s), (leaf,))
             seed = zlib.crc32(f"{parent} {family}".encode())
             key = (parent, family, num_groups)
@@ -106,8 +108,6 @@ class VeLoRA(Method):
         """
         from torch.nn import Linear
 
-        from lowrank_cli.models.targets import linears
-
         text = self.config.layers
         parts = (
             [p.strip() for p in text.split(",") if p.strip()]
@@ -121,24 +121,36 @@ class VeLoRA(Method):
                 f"give one, or one for each of: {' '.join(parts)}",
             )
         found: dict[str, tuple[Linear, int]] = {}
+        candidates = self.candidates(model)
         for i, part in enumerate(parts):
             if part in LETTERS:
-                names = [n for n in linears(model) if n.endswith(tuple(f".{leaf}" for leaf in LETTERS[part]))]
+                names = [n for n in candidates if n.endswith(tuple(f".{leaf}" for leaf in LETTERS[part]))]
                 names = names if part != "d" else [n for n in names if not n.endswith("attention.output.dense")]
-                chosen = {n: linears(model)[n] for n in names}
+                chosen = [candidates[n] for n in names]
             else:
-                chosen = {n: m for n, m in linears(model).items() if part in n or fnmatch(n, part)}
+                chosen = [found for n, found in candidates.items() if part in n or fnmatch(n, part)]
             if not chosen:
-                leaves = sorted({n.rpartition(".")[2] for n in linears(model)})
+                leaves = sorted({n.rpartition(".")[2] for n in candidates})
                 raise UsageError(
                     f"--velora-layers {text}: this model has no linear {part}",
                     f"letters: {' '.join(LETTERS)}; names: {', '.join(leaves)}",
                 )
             wanted = counts[i if len(counts) > 1 else 0] if counts else None
-            for name, module in chosen.items():
+            for name, module in chosen:
                 if type(module) is Linear:
                     found[name] = (module, self.groups_for(name, module.in_features, wanted))
         return found
+
+    def candidates(self, model: nn.Module) -> dict[str, tuple[str, nn.Linear]]:
+        """The linears that train, by the name that a user knows: a LoRA's A by that of the linear it adapts.
+
+        Returns:
+            Each with its own full name.
+        """
+        from lowrank_cli.models.targets import linears
+
+        training = {n: m for n, m in linears(model).items() if m.weight.requires_grad}
+        return {n.removesuffix(ADAPTER_INPUT): (n, m) for n, m in training.items() if not n.endswith(ADAPTER_OUTPUT)}
 
     def groups_for(self, name: str, features: int, wanted: str | None) -> int:
         """The number of groups of an input; raises UsageError naming the nearest divisors."""
@@ -176,12 +188,12 @@ class VeLoRA(Method):
 
     def freed(self, model: nn.Module, name: str, num_groups: int, features: int) -> str:
         """What wrapping this weight's linear really frees: nothing where a sibling keeps the same input."""
-        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        modules = dict(model.named_modules())
+        parent, _, leaf = name.removesuffix(".weight").removesuffix(ADAPTER_INPUT).rpartition(".")
+        training = self.candidates(model)
         siblings = [
-            s for s in next((s for s in SIBLINGS if leaf in s), ()) if s != leaf and f"{parent}.{s}" in modules
+            s for s in next((s for s in SIBLINGS if leaf in s), ()) if s != leaf and f"{parent}.{s}" in training
         ]
-        keeping = [s for s in siblings if not hasattr(modules[f"{parent}.{s}"], "factored_gradient")]
+        keeping = [s for s in siblings if not hasattr(training[f"{parent}.{s}"][1], "factored_gradient")]
         if keeping:
             return f"frees nothing: {' and '.join(keeping)} keep the same input"
         return f"keeps {num_groups} of {features} numbers a token"

@@ -1,26 +1,34 @@
 """Load a causal language model: random weights from a configuration, or weights from a folder, a run or the hub."""
 
+from __future__ import annotations
+
+import io
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
-from lowrank_cli.config import ModelConfig
+from lowrank_cli.config import ModelConfig, SourceConfig
 from lowrank_cli.errors import LowrankError, MissingError, UsageError, unknown
 from lowrank_cli.models.architecture import build_config
 from lowrank_cli.models.source import Source, locate, tokenizer_of
 
 __all__ = [
+    "Head",
     "build_config",
     "check_vocabulary",
     "config_of",
@@ -36,13 +44,15 @@ PADDED_VOCABULARY = 1.02
 
 
 def load(
-    model: ModelConfig,
+    model: ModelConfig | SourceConfig,
     *,
     config: PretrainedConfig | None,
     dtype: torch.dtype,
     device: torch.device | str,
     seed: int,
     offline: bool,
+    head: Head | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """The model on the device, in train mode, without a key-value cache.
 
@@ -55,6 +65,8 @@ def load(
         seed: of random weights. They are drawn on the CPU in float32, so that they are the same on every device;
             the caller's random state is left as it is.
         offline: take hub models from the cache only.
+        head: a classification head instead of the language model's.
+        quantize: keep the layers' linears in 4 bits, frozen: nf4 or fp4, through bitsandbytes.
     Raises:
         UsageError: not a causal language model, or weights that do not fit its configuration.
         MissingError: no such model.
@@ -62,9 +74,25 @@ def load(
     """
     if config is not None and model.continue_from is not None:
         raise ValueError(f"a configuration for random weights, and weights to continue from: {model.continue_from}")
-    net = _load_weights(locate(model, offline=offline), dtype) if config is None else _draw(config, dtype, seed)
+    if config is not None:
+        net = _draw(config, dtype, seed)
+    else:
+        options = {}
+        if quantize is not None:
+            options = _quantization(quantize, dtype, device)
+        net = load_weights(locate(model, offline=offline), dtype, head=head, **options)
+    for module in net.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # a weight that is repacked in the first evaluation passes no gradient on in the updates after it
+            module.support_avx512bf16_for_cpu = False
+    prepare(net, model.activation_checkpointing)
+    return net if quantize else net.to(device)
+
+
+def prepare(net: PreTrainedModel, activation_checkpointing: bool) -> None:
+    """Train mode, no key-value cache, activations recomputed in backward if asked for."""
     net.config.use_cache = False
-    if model.activation_checkpointing:
+    if activation_checkpointing:
         if not net.supports_gradient_checkpointing:
             raise UsageError(
                 f"{net.config.model_type} cannot recompute activations", "leave out --activation-checkpointing"
@@ -72,7 +100,7 @@ def load(
         # the newer name; the older one warns where both exist
         enable = getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return net.to(device).train()
+    net.train()
 
 
 def meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -85,7 +113,7 @@ def config_of(model: ModelConfig, *, offline: bool) -> PretrainedConfig:
     """The configuration of the weights that `load` would take, without loading them; raises as `load` does."""
     source = locate(model, offline=offline)
     with _readable_errors(source):
-        return AutoConfig.from_pretrained(source.location, local_files_only=source.is_local, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source.location, **source.arguments)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: Sized) -> None:
@@ -155,43 +183,126 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         ) from error
 
 
-def _load_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The weights of a place, on the CPU."""
-    local = {"local_files_only": source.is_local, "trust_remote_code": False}
-    with _readable_errors(source), _quiet():
-        config = AutoConfig.from_pretrained(source.location, **local)
-        net, report = AutoModelForCausalLM.from_pretrained(
+def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None, **options: Any) -> PreTrainedModel:
+    """The weights of a place, on the CPU, with its adapter merged if it has one.
+
+    Args:
+        source: the place.
+        dtype: of the parameters.
+        head: a classification head instead of the language model's; one that the weights do not hold is drawn new.
+        options: for `from_pretrained`.
+    Raises:
+        UsageError, MissingError, LowrankError: as `load`.
+    """
+    labels = {} if head is None else head.arguments
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if head is None else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    auto = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    # the bar of the conversion from GGUF goes to stderr whatever the logging level
+    silent = redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
+    with _readable_errors(source), _quiet(), silent:
+        config = AutoConfig.from_pretrained(source.location, **source.arguments, **labels)
+        net, report = auto.from_pretrained(
             source.location,
             config=config,
             dtype=dtype,
-            attn_implementation=_attention(config),
+            attn_implementation=_attention(config, mapping),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the report names them
-            **local,
+            **source.arguments,
+            **options,
         )
+    if source.gguf is not None:
+        # dequantized on loading: what is left of the quantization would only keep it from being saved
+        net.config.__dict__.pop("quantization_config", None)
+        net.hf_quantizer = None
+    new = (
+        ()
+        if head is None
+        else {name.partition(".")[0] for name, _ in net.named_parameters()} - {net.base_model_prefix}
+    )
     for problem, keys in (("lacks", report["missing_keys"]), ("has another shape for", report["mismatched_keys"])):
-        if keys:
-            first = sorted(key if isinstance(key, str) else key[0] for key in keys)[0]
+        names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+        names = [name for name in names if name.partition(".")[0] not in new and ".pooler." not in f".{name}"]
+        if names:
             raise UsageError(
-                f"{source.location} {problem} {len(keys)} of the tensors of a {net.config.model_type} model, "
-                f"such as {first}",
-                "its weights and its config.json are not of the same causal language model",
+                f"{source.name} {problem} {len(names)} of the tensors of a {net.config.model_type} model, "
+                f"such as {names[0]}",
+                "its weights and its config.json are not of the same causal language model"
+                if head is None
+                else "its weights and its config.json are not of the same model",
             )
-    return net
+    # an adapter has to train and save these with it
+    net.newly_drawn = frozenset(report["missing_keys"])
+    return net if source.adapter is None else _merged(net, source)
 
 
-def _attention(config: PretrainedConfig) -> str | None:
+def _quantization(quantize: str, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """QLoRA's settings (arXiv:2305.14314): 4-bit weights with quantized scales, products in the run's dtype."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingError("--quantize needs bitsandbytes", "pip install 'lowrank-cli[8bit]'") from None
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": settings, "device_map": {"": str(device)}}
+
+
+def _merged(net: PreTrainedModel, source: Source) -> PreTrainedModel:
+    """The model with a PEFT adapter merged into it."""
+    from peft import PeftModel
+
+    try:
+        merged = PeftModel.from_pretrained(net, source.adapter).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, SafetensorError, OSError) as error:
+        raise UsageError(
+            f"the adapter {source.adapter} does not fit its base model {source.location}: {_last_line(error)}",
+            "give the folder of the base model that it was trained on",
+        ) from None
+    return merged.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classification head: one score for each label, or one number for a regression."""
+
+    labels: tuple[str, ...]
+    regression: bool = False
+    pad_token_id: int | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the model's configuration."""
+        names = dict(enumerate(self.labels))
+        pad = {} if self.pad_token_id is None else {"pad_token_id": self.pad_token_id}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": names,
+            "label2id": {v: k for k, v in names.items()},
+            "problem_type": "regression" if self.regression else "single_label_classification",
+            **pad,
+        }
+
+
+def _attention(config: PretrainedConfig, mapping=MODEL_FOR_CAUSAL_LM_MAPPING) -> str | None:
     """PyTorch's fused attention where the architecture has it, else its own default."""
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    cls = mapping.get(type(config), None)
     return "sdpa" if getattr(cls, "_supports_sdpa", False) else None
 
 
 @contextmanager
 def _readable_errors(source: Source) -> Iterator[None]:
     """What Transformers and safetensors raise for a model that they cannot load, as ours."""
-    where = source.location
+    where = source.name
     try:
         yield
+    except ImportError as error:
+        raise MissingError(
+            f"{where} needs a package that is not installed: {_last_line(error)}",
+            "pip install 'lowrank-cli[gguf]'" if source.gguf else "install it",
+        ) from None
     except SafetensorError as error:
         raise LowrankError(
             f"the weights in {where} are damaged: {_last_line(error)}", "copy or save them again"

@@ -1,8 +1,9 @@
-"""Where a model's weights are: a Hugging Face folder, a run folder, or an id on the hub."""
+"""Where a model's weights are: a Hugging Face folder, a run folder, a GGUF file, an adapter, or an id on the hub."""
 
+import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models import presets
 
 LATEST_RUN = Path("runs/latest")
+ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
@@ -23,8 +25,21 @@ _CHECKPOINT = re.compile(r"step-(\d+)")
 class Source:
     """A place that `from_pretrained` can load from."""
 
-    location: str  # a folder with a config.json, or a hub id
+    location: str  # a folder with a config.json, a folder with the GGUF file, or a hub id
     is_local: bool
+    gguf: str | None = None  # the name of the GGUF file in that folder
+    adapter: str | None = None  # a folder with a PEFT adapter for these weights
+
+    @property
+    def arguments(self) -> dict:
+        """What `from_pretrained` needs beside the location."""
+        file = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"local_files_only": self.is_local, "trust_remote_code": False, **file}
+
+    @property
+    def name(self) -> str:
+        """The place as a user would give it."""
+        return self.adapter or (self.location if self.gguf is None else str(Path(self.location) / self.gguf))
 
 
 def locate(model: ModelConfig, *, offline: bool) -> Source:
@@ -49,11 +64,27 @@ def locate(model: ModelConfig, *, offline: bool) -> Source:
                 "add --model FOLDER, or train one first: lowrank pretrain --method galore",
             )
         given = str(LATEST_RUN)
+    return place(given, offline=offline)
+
+
+def place(given: str, *, offline: bool) -> Source:
+    """The place of the weights that a folder, a run, a .gguf file, an adapter's folder or a hub id names.
+
+    Raises:
+        UsageError, MissingError: as `locate`.
+    """
     path = Path(given).expanduser()
     if path.is_dir():
-        return Source(str(_model_folder(path)), is_local=True)
+        folder = _model_folder(path)
+        return _with_adapter(folder, offline) if (folder / ADAPTER).is_file() else Source(str(folder), is_local=True)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise MissingError(f"no file {given}", "give the path of a GGUF file")
+        return Source(str(path.parent), is_local=True, gguf=path.name)
     if path.exists():
-        raise UsageError(f"{given} is a file", "give the folder that holds config.json and the weights")
+        raise UsageError(
+            f"{given} is a file", "give a .gguf file, or the folder that holds config.json and the weights"
+        )
     if given in presets.names():
         raise UsageError(
             f"{given} is a preset: a shape without weights",
@@ -70,27 +101,45 @@ def tokenizer_of(model: ModelConfig) -> str | None:
     if nothing_given or (is_architecture and not Path(model.name or "").is_dir()):
         return None
     source = locate(model, offline=False)
+    if source.adapter is not None and any((Path(source.adapter) / name).is_file() for name in _TOKENIZER_FILES):
+        return source.adapter
+    if source.gguf is not None:
+        return source.name if source.adapter is None else str(Path(source.location) / source.gguf)
     if not source.is_local:
         return source.location
     has_tokenizer = any((Path(source.location) / name).is_file() for name in _TOKENIZER_FILES)
     return source.location if has_tokenizer else None
 
 
+def _with_adapter(folder: Path, offline: bool) -> Source:
+    """An adapter's folder as the base that it names and itself."""
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, OSError):
+        base = None
+    if not base:
+        raise UsageError(f"{folder / ADAPTER} names no base model", "write its base_model_name_or_path")
+    try:
+        return replace(place(base, offline=offline), adapter=str(folder))
+    except MissingError as error:
+        raise MissingError(
+            f"the base model of the adapter {folder} is not there: {error.message}", error.hint
+        ) from None
+
+
 def _model_folder(path: Path) -> Path:
-    """The folder with the config.json: the path itself, or the place in a run folder."""
-    if (path / "config.json").is_file():
+    """The folder with the model or the adapter: the path itself, or the place in a run folder."""
+    if (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
     if (path / "run.json").is_file():
         found = [path / "model", *_checkpoints(path)]
         for folder in found:
-            if (folder / "config.json").is_file():
+            if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
                 return folder
         raise MissingError(
             f"run {path} has no model and no checkpoint yet",
             "wait for its first checkpoint, or take another run: --model runs/NAME",
         )
-    if (path / "adapter_config.json").is_file():
-        raise UsageError(f"{path} holds an adapter, not a model", "merge it into its base model and give that folder")
     raise UsageError(
         f"{path} holds no model: neither config.json nor run.json is in it",
         "give a Hugging Face folder or a run folder",

@@ -56,6 +56,29 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Mod
     return {name: module for name, module in found.items() if any(_matches(name, p) for p in patterns)}
 
 
+ALL_LINEAR = "all-linear"
+
+
+def parse(text: str) -> list[str] | None:
+    """The patterns of a setting: all-linear (None: the default rule), or comma-separated ones."""
+    return None if text.strip() == ALL_LINEAR else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def named_targets(model: nn.Module, text: str) -> list[str]:
+    """The names that make PEFT adapt exactly the linears that a setting chooses: short ones where those are enough.
+
+    Args:
+        model: any model.
+        text: all-linear, or comma-separated patterns as `select` takes.
+    Raises:
+        UsageError: as `select`.
+    """
+    chosen = set(select(model, parse(text)))
+    short = sorted({name.rpartition(".")[2] for name in chosen})
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return short if matched == chosen else sorted(chosen)
+
+
 def _is_layer_linear(name: str) -> bool:
     layer = _IN_LAYER.search(name)
     if layer is None or any(part in name for part in _OUTSIDE):

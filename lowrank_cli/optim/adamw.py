@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank_cli.optim.base import ProjectedOptimizer
 from lowrank_cli.optim.factored import factored_adamw_
+from lowrank_cli.optim.fused import FusedAdam
 from lowrank_cli.optim.projection import project
 
 
@@ -78,7 +79,7 @@ def rotate(
     return turned * corrections[0], square * corrections[1]
 
 
-class GaLoreAdamW(ProjectedOptimizer):
+class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
     """AdamW whose groups may be projected; takes the groups of the PyPI package `galore-torch`.
 
     GaLore, arXiv:2403.03507, Alg. 2. Moments are float32 and kept as they are when the basis is refreshed. Unlike
@@ -94,6 +95,8 @@ class GaLoreAdamW(ProjectedOptimizer):
         correct_bias: Adam's bias correction.
         no_deprecation_warning: accepted for galore-torch's sake, without effect.
         stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
+        kernel: what the projected and the factored update run on: "torch", or "cpu" or "cuda" as
+            `ops.fused_step.choose` gave it.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         correct_bias: bool = True,
         no_deprecation_warning: bool = False,
         stochastic_rounding: bool = False,
+        kernel: str = "torch",
     ):
         if lr < 0 or eps < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps}: lr and eps must be >= 0 and betas in [0, 1)")
@@ -118,6 +122,7 @@ class GaLoreAdamW(ProjectedOptimizer):
                 "weight_decay": weight_decay,
                 "correct_bias": correct_bias,
                 "stochastic_rounding": stochastic_rounding,
+                "kernel": kernel,
             },
         )
 
@@ -141,6 +146,8 @@ class GaLoreAdamW(ProjectedOptimizer):
         )
 
     def _factored_rule(self, p: Tensor, factor: Tensor, state: dict, group: dict, vector: Tensor) -> None:
+        if self._step_along(p, factor, state, group, vector):
+            return
         (beta1, beta2), step = group["betas"], state["step"]
         state["exp_avg"].lerp_(factor, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(factor, factor, value=1 - beta2)

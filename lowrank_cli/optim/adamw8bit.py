@@ -8,12 +8,13 @@ from torch import Tensor
 from lowrank_cli.errors import MissingError
 from lowrank_cli.optim.adamw import adamw_, rotate
 from lowrank_cli.optim.base import LARGEST, ProjectedOptimizer
+from lowrank_cli.optim.fused import FusedAdam
 
 # bitsandbytes quantizes moments in blocks of this many elements, each with a float32 scale
 BLOCK = 256
 
 
-class GaLoreAdamW8bit(ProjectedOptimizer):
+class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
     """AdamW whose moments are 8-bit (Dettmers et al., arXiv:2110.02861), of projected gradients where a group says so.
 
     Takes the groups and the arguments of galore-torch's class of this name. The update is computed in float32 and
@@ -30,10 +31,13 @@ class GaLoreAdamW8bit(ProjectedOptimizer):
         optim_bits: without effect, as there.
         min_8bit_size: elements from which on moments are 8-bit.
         stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
+        kernel: what the projected update runs on: "torch", or "cpu" or "cuda" as `ops.fused_step.choose` gave it.
 
     Raises:
         MissingError: bitsandbytes is not installed.
     """
+
+    eps_after_correction = True
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class GaLoreAdamW8bit(ProjectedOptimizer):
         block_wise: bool = True,
         is_paged: bool = False,
         stochastic_rounding: bool = False,
+        kernel: str = "torch",
     ):
         if amsgrad or args is not None or percentile_clipping != 100 or not block_wise or is_paged:
             raise ValueError("amsgrad, args, percentile_clipping, block_wise=False and is_paged are not supported")
@@ -62,6 +67,7 @@ class GaLoreAdamW8bit(ProjectedOptimizer):
                 "weight_decay": weight_decay,
                 "min_8bit_size": min_8bit_size,
                 "stochastic_rounding": stochastic_rounding,
+                "kernel": kernel,
             },
         )
 
@@ -117,6 +123,9 @@ class GaLoreAdamW8bit(ProjectedOptimizer):
         return torch.ops.bitsandbytes.dequantize_blockwise(
             state[key], state[f"{key}_scale"], code, BLOCK, torch.float32
         ).view_as(state[key])
+
+    def _kernel_codes(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return self._codes(device)
 
     def _codes(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """bitsandbytes' 256 code values for signed and for unsigned moments."""

@@ -13,8 +13,10 @@ from lowrank_cli import console
 from lowrank_cli.optim.factored import factored_sign_
 from lowrank_cli.optim.projection import expand_add_, expand_add_rounded_, project, sides, stochastic_round, unfold
 from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
+from lowrank_cli.optim.weight_norm import Direction, compose_, row_norms
 
 MOMENTS = ("keep", "align", "rotate", "reset")
+WEIGHT_NORMS = ("exact", "detached")
 
 # Q-GaLore, arXiv:2407.08296: a basis that stayed this similar twice in a row is refreshed half as often
 CALM_OVERLAP, CALM_REFRESHES = 0.4, 2
@@ -31,11 +33,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     and its result is expanded straight into the weight. Further keys of such a group, with galore-torch's behaviour as
     the default: `refresh` (an engine of optim/refresh.py), `moments` (keep, align, rotate or reset at a refresh),
     `stagger` (spread the refreshes over the gap), `lazy_refresh` (double the gap of a basis that has stopped moving).
-    Any group may say `stochastic_rounding`, for bfloat16 weights.
+    Any group may say `stochastic_rounding`, for bfloat16 weights. A group of matrices with `rank` may say
+    `weight_norm` ("exact" or "detached"): each is then trained as magnitude times direction (optim/weight_norm.py),
+    the direction projected, the magnitude by the plain rule with `magnitude_scale` (1.0) times the learning rate;
+    weight decay acts on the magnitude, which is decay of the weight.
 
     The gradient of a projected parameter is its `.grad`, or what `accumulate` has summed: then the full gradient never
     exists. State holds tensors and numbers only, so that it loads with `weights_only=True`: `step`, what the rule
-    keeps, `basis_*`, and the refresh clock. A subclass gives the rule.
+    keeps, `basis_*`, the refresh clock, and for `weight_norm` `magnitude`, `norm` and `magnitude_*`, what the rule
+    keeps of the magnitude. A subclass gives the rule.
     """
 
     GROUP_DEFAULTS = {
@@ -50,6 +56,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _begin(self) -> None:
         """What is neither state nor groups: it is made anew in a copy or an unpickled optimizer."""
         self.low_rank_grads: dict[Tensor, Tensor] = {}
+        self.magnitude_grads: dict[Tensor, Tensor] = {}
+        self._directions: dict[Tensor, Direction] = {}
         self.vectors: dict[Tensor, Callable[[], Tensor]] = {}
         self._refreshed = self._told = 0.0
 
@@ -61,6 +69,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.projected = {p: group for group in projected for p in group["params"]}
         # weights whose gradient is F (x) v; `vectors` tells v
         self.factored = {p for group in self.param_groups if "num_groups" in group for p in group["params"]}
+        self.normalised = {p for group in projected if "weight_norm" in group for p in group["params"]}
         self.sides = {p: sides(p.shape, group["proj_type"]) for p, group in self.projected.items()}
         # (position among the projected tensors, name): for staggering, seeds and messages
         names = [n for g in projected for n in g.get("param_names", [""] * len(g["params"]))]
@@ -86,8 +95,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for key, known in (("refresh", ENGINES), ("moments", MOMENTS)):
             if group[key] not in known:
                 raise ValueError(f"{key} is {group[key]!r}; it is one of {', '.join(known)}")
+        if group.get("weight_norm", "exact") not in WEIGHT_NORMS:
+            raise ValueError(f"weight_norm is {group['weight_norm']!r}; it is one of {', '.join(WEIGHT_NORMS)}")
         for p in group["params"]:
             sides(p.shape, group["proj_type"])
+            if "weight_norm" in group and p.dim() != 2:
+                raise ValueError(f"weight_norm takes matrices, not a tensor of shape {tuple(p.shape)}")
 
     # ---- what a subclass gives
 
@@ -124,11 +137,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if "rank" in group or "num_groups" in group:
-                for p in group["params"]:
-                    self.step_one(p, group)
+                self._step_all(group["params"], group)
             else:
                 self._step_plain([p for p in group["params"] if p.grad is not None], group)
         return loss
+
+    def _step_all(self, params: list[Tensor], group: dict) -> None:
+        for p in params:
+            self.step_one(p, group)
 
     @torch.no_grad()
     def step_one(self, p: Tensor, group: dict) -> None:
@@ -151,8 +167,39 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state = self.state[p]
         return {side: state[f"basis_{side}"] for side in self.sides[p]}
 
-    def accumulate(self, p: Tensor, low_rank_grad: Tensor) -> None:
-        """Adds the projected gradient of a micro-batch: sum_i P^T G_i = P^T sum_i G_i."""
+    def gradient_bases(self, p: Tensor) -> dict[str, Tensor]:
+        """The bases that the gradient of the weight itself is projected with, for `accumulate`."""
+        bases = self.bases(p)
+        return self._direction(p).row_scaled(bases) if p in self.normalised else bases
+
+    def collect(self, p: Tensor) -> None:
+        """Adds the projection of `.grad` to the buffer; the basis must not be due. `.grad` stays as it is."""
+        if p in self.normalised:
+            self._add_normalised(p, *self._direction(p).collect(p.grad, self.bases(p)))
+        else:
+            self._add(p, project(p.grad, self.bases(p)))
+
+    def accumulate(self, p: Tensor, low_rank_grad: Tensor, row_dots: Tensor | None = None) -> None:
+        """Adds the projected gradient of a micro-batch: sum_i P^T G_i = P^T sum_i G_i.
+
+        Args:
+            p: the parameter.
+            low_rank_grad: its gradient in the coordinates of `gradient_bases`.
+            row_dots: for a parameter with `weight_norm`, the products <G_i, W_i> of the rows, (m,).
+        """
+        if p in self.normalised:
+            direction = self._direction(p)
+            projected = direction.projected(low_rank_grad, row_dots, self.bases(p))
+            self._add_normalised(p, direction.magnitude_grad(row_dots), projected)
+        else:
+            self._add(p, low_rank_grad)
+
+    def _add_normalised(self, p: Tensor, magnitude_grad: Tensor, low_rank_grad: Tensor) -> None:
+        total = self.magnitude_grads.get(p)
+        self.magnitude_grads[p] = magnitude_grad if total is None else total.add_(magnitude_grad)
+        self._add(p, low_rank_grad)
+
+    def _add(self, p: Tensor, low_rank_grad: Tensor) -> None:
         total = self.low_rank_grads.get(p)
         if total is None:
             self.low_rank_grads[p] = low_rank_grad.float()
@@ -163,6 +210,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """As torch's; the accumulated projected gradients go too."""
         super().zero_grad(set_to_none)
         self.low_rank_grads.clear()
+        self.magnitude_grads.clear()
+        self._directions.clear()
 
     def _step_projected(self, p: Tensor, group: dict) -> None:
         state = self.state[p]
@@ -172,7 +221,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         # the moments, and the arithmetic on them, are float32 whatever the dtype of the weight
         if p.grad is not None:
             # the whole gradient, or the part of it that did not come through a projected linear
-            self.accumulate(p, project(p.grad, bases))
+            self.collect(p)
         grad = self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
         if "step" not in state:
             state["step"] = 0
@@ -181,11 +230,50 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state["until_refresh"] -= 1
         update = torch.zeros_like(grad)
         self._rule([update], [grad], [state], group, [p])
+        if p in self.normalised:
+            self._step_normalised(p, update, bases, group)
+            return
         if group["stochastic_rounding"] and p.dtype == torch.bfloat16 and p.dim() == 2:
             expand_add_rounded_(p, update, bases, alpha=group["scale"])
         else:
             expand_add_(p, update, bases, alpha=group["scale"])
         self._decay([p], group)
+
+    def _direction(self, p: Tensor) -> Direction:
+        """Magnitude and direction of a weight as it stands between two steps; the first call gives it both."""
+        if p not in self._directions:
+            state = self.state[p]
+            if "magnitude" not in state:
+                state["norm"] = row_norms(p)
+                state["magnitude"] = state["norm"].clone()
+            detached = self.projected[p]["weight_norm"] == "detached"
+            self._directions[p] = Direction(p.detach(), state["magnitude"], state["norm"], detached=detached)
+        return self._directions[p]
+
+    def _step_normalised(self, p: Tensor, update: Tensor, bases: dict[str, Tensor], group: dict) -> None:
+        """The magnitude by the plain rule, then the weight from it and from the direction's update."""
+        state, grad = self.state[p], self.magnitude_grads.pop(p).clamp_(-LARGEST, LARGEST)
+        magnitude, direction = state["magnitude"], self._direction(p)
+        own = {key.removeprefix("magnitude_"): value for key, value in state.items() if key.startswith("magnitude_")}
+        if not own:
+            own["step"] = 0
+            self._init_state(own, grad, group)
+        own["step"] += 1
+        scaled = group | {"lr": group["lr"] * group.get("magnitude_scale", 1.0)}
+        self._rule([magnitude], [grad], [own], scaled, [magnitude])
+        self._decay([magnitude], group)
+        state.update({f"magnitude_{key}": value for key, value in own.items()})
+        compose_(
+            p,
+            magnitude,
+            state["norm"],
+            update,
+            bases,
+            alpha=group["scale"],
+            direction=direction,
+            stochastic_rounding=group["stochastic_rounding"],
+        )
+        del self._directions[p]
 
     def _step_factored(self, p: Tensor, group: dict) -> None:
         state, factor = self.state[p], self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
@@ -203,11 +291,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._tell(group["refresh"])
         if p.grad is None:
             raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
-        alive, calm, change = bool(p.grad.any()), True, {}
+        grad = self._direction(p).dense(p.grad) if p in self.normalised else p.grad
+        alive, calm, change = bool(grad.any()), True, {}
         state["refreshes"] = state.get("refreshes", 0) + 1
         for side in self.sides[p]:
             old = state.get(f"basis_{side}")
-            matrix, stands = unfold(p.grad, side)
+            matrix, stands = unfold(grad, side)
             seed = zlib.crc32(f"{place} {side} {state['refreshes']}".encode())
             new = find_basis(
                 matrix,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli.ops.projected_linear import projected_linear
-from lowrank_cli.optim.projection import project
 
 
 class Gradients:
@@ -35,6 +34,7 @@ class Gradients:
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.projected = getattr(optimizer, "projected", {})
         self.buffers: dict[Tensor, Tensor] = getattr(optimizer, "low_rank_grads", {})
+        self.magnitudes: dict[Tensor, Tensor] = getattr(optimizer, "magnitude_grads", {})
         self.last = True
         self.measuring = False
         self.square: Tensor | float = 0.0
@@ -62,9 +62,11 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """The global norm of the update's gradients, clipped to the limit."""
-        left = [p.grad for p in self.groups if p.grad is not None] + list(self.buffers.values())
+        left = [p.grad for p in self.groups if p.grad is not None]
+        left += [*self.buffers.values(), *self.magnitudes.values()]
         if self.measuring:
             self.zeros |= {p for p in self.groups if p.grad is not None and not bool(p.grad.any())}
+            self.zeros |= {p for p, buffer in self.buffers.items() if p.grad is None and not bool(buffer.any())}
         norm = (nn.utils.get_total_norm(left).float().square() + self.square).sqrt()
         if self.clipping and left:
             factor = (self.clipping / (norm + 1e-6)).clamp(max=1.0)
@@ -82,13 +84,13 @@ class Gradients:
             # a projected linear gave its gradient to the sink
             return
         if p in self.projected and not self.optimizer.is_due(p):
-            self.optimizer.accumulate(p, project(p.grad, self.optimizer.bases(p)))
+            self.optimizer.collect(p)
             p.grad = None
         self._complete(p)
 
-    def _receive(self, p: Tensor, low_rank_grad: Tensor) -> None:
+    def _receive(self, p: Tensor, *low_rank_grad: Tensor) -> None:
         """The sink of a projected linear."""
-        self.optimizer.accumulate(p, low_rank_grad)
+        self.optimizer.accumulate(p, *low_rank_grad)
         self._pending[p] = self._pending.get(p, 0) - 1
         if self.per_layer and not self._pending[p]:
             self._complete(p)
@@ -101,7 +103,8 @@ class Gradients:
             grad = self.buffers.get(p, p.grad)
             if not bool(grad.any()):
                 self.zeros.add(p)
-            self.square = self.square + grad.float().square().sum()
+            for part in (grad, self.magnitudes.get(p)):
+                self.square = self.square if part is None else self.square + part.float().square().sum()
         self.optimizer.step_one(p, self.groups[p])
         p.grad = None
 
@@ -138,4 +141,11 @@ class Gradients:
         # recomputation inside backward is not another run
         if torch._C._current_graph_task_id() == -1:
             self._pending[weight] = self._pending.get(weight, 0) + 1
-        return projected_linear(x, weight, module.bias, self.optimizer.bases(weight), partial(self._receive, weight))
+        return projected_linear(
+            x,
+            weight,
+            module.bias,
+            self.optimizer.gradient_bases(weight),
+            partial(self._receive, weight),
+            row_dots=weight in self.optimizer.normalised,
+        )

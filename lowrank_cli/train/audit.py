@@ -13,6 +13,7 @@ from lowrank_cli.errors import LowrankError, UsageError
 
 # elements of a tensor that are compared before and after the first update
 SAMPLE = 1 << 16
+FROZEN = "does not require a gradient"
 
 
 def targets(model: nn.Module, groups: list[dict]) -> list[dict[str, Any]]:
@@ -22,8 +23,10 @@ def targets(model: nn.Module, groups: list[dict]) -> list[dict[str, Any]]:
     for name, p in model.named_parameters():
         group = roles.get(name)
         row = {"name": name, "shape": list(p.shape), "role": group["role"] if group else "frozen"}
+        if row["role"] == "full" and "adapter" in group:
+            row["role"] = group["adapter"]
         if group is None:
-            row["why"] = "does not require a gradient" if not p.requires_grad else "left out by the method"
+            row["why"] = FROZEN if not p.requires_grad else "left out by the method"
         else:
             row |= {key: group[key] for key in ("rank", "why") if key in group}
         rows.append(row)
@@ -39,13 +42,17 @@ def show_targets(rows: list[dict[str, Any]], method: str) -> None:
     kinds: dict[tuple, dict[str, int]] = {}
     for row in rows:
         # model.layers.0.self_attn.q_proj.weight is one of the q_proj
-        name = row["name"].removesuffix(".weight").rpartition(".")[2] or row["name"]
+        name = row["name"].removesuffix(".weight").removesuffix(".default").rpartition(".")[2] or row["name"]
         names = kinds.setdefault((tuple(row["shape"]), row["role"], row.get("rank"), row.get("why", "")), {})
         names[name] = names.get(name, 0) + 1
+    frozen = [row for row in rows if row["role"] == "frozen" and row.get("why") == FROZEN]
+    kinds = {key: names for key, names in kinds.items() if key[1:] != ("frozen", None, FROZEN)}
     table = [
         [" ".join(names), sum(names.values()), " x ".join(map(str, shape)), role, rank or "", why]
         for (shape, role, rank, why), names in kinds.items()
     ]
+    if frozen:
+        table.append(["the rest", len(frozen), "", "frozen", "", ""])
     console.table(
         "What is trained, and how", ["tensors", "count", "shape", "method", "rank", "note"], table, right=(1, 4)
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.run import write_json
 
 MANIFEST = "manifest.json"
+TRAINABLE = "trainable.safetensors"
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Progress:
     seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)  # the best evaluation so far, and its step
+    worse: int = 0  # evaluations since then
 
 
 def save(
@@ -44,8 +48,9 @@ def save(
     progress: Progress,
     rng: dict[str, Any],
     keep: int,
+    adapter: bool = False,
 ) -> Path:
-    """Write `folder/step-NNNNNN` and remove all but the newest `keep`.
+    """Write `folder/step-NNNNNN` and remove all but the newest `keep`; of an adapter, what trains and not the base.
 
     Everything goes to a temporary folder that is flushed to disk and then renamed: a kill at any moment leaves the
     previous checkpoint whole.
@@ -58,7 +63,10 @@ def save(
     try:
         remove_leftovers(folder)
         temporary.mkdir(parents=True)
-        write_model(temporary, model, tokenizer)
+        if adapter:
+            write_trainable(temporary, model)
+        else:
+            write_model(temporary, model, tokenizer)
         tensors, numbers = optimizer_state(optimizer)
         save_file(tensors, temporary / "optimizer.safetensors")
         save_file(method_states, temporary / "method.safetensors")
@@ -71,6 +79,8 @@ def save(
                 "seconds": progress.seconds,
                 "data": progress.data,
                 "evaluation": progress.evaluation,
+                "best": progress.best,
+                "worse": progress.worse,
                 "python_rng": rng["python"],
                 "optimizer_numbers": numbers,
             },
@@ -108,6 +118,64 @@ def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
     model.save_pretrained(folder, max_shard_size="1000GB")
     model.config.use_cache = False
     tokenizer.save_pretrained(folder)
+
+
+def write_trainable(folder: Path, model: nn.Module) -> None:
+    """The parameters that train, and a fingerprint of those that do not."""
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(tensors, folder / TRAINABLE, metadata={"base": base_fingerprint(model)})
+
+
+def load_trainable(folder: Path, model: nn.Module) -> None:
+    """The inverse of `write_trainable`.
+
+    Raises:
+        RuntimeError: other parameters train in this model, or its frozen weights are others.
+    """
+    with safe_open(folder / TRAINABLE, framework="pt") as file:
+        base, found = file.metadata()["base"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if found.keys() != own.keys():
+        other = sorted(found.keys() ^ own.keys())[0]
+        raise RuntimeError(f"{other} is trained in one of them only")
+    if base != base_fingerprint(model):
+        raise RuntimeError("the base model's weights are not those that the run began with")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            own[name].copy_(tensor)
+
+
+def save_best(folder: Path, model: nn.Module, method_states: dict[str, Tensor]) -> None:
+    """Keep what trains as it is now, in place of what was kept before; a kill leaves one of them whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_trainable(temporary, model)
+        save_file(method_states, temporary / "method.safetensors")
+        commit(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise LowrankError(
+            f"could not keep the best weights in {folder}: {reason(error)}", "make room, or choose another --out"
+        ) from None
+
+
+def load_best(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Put the best weights back; returns the methods' own tensors of that moment."""
+    load_trainable(folder, model)
+    return load_file(folder / "method.safetensors")
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of the frozen parameters: names, shapes and some elements of each."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            flat = p.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
+            digest.update(f"{name} {tuple(p.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -199,7 +267,10 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[Progres
     verify(path)
     entries = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     try:
-        load_model(model, path / "model.safetensors")
+        if (path / TRAINABLE).is_file():
+            load_trainable(path, model)
+        else:
+            load_model(model, path / "model.safetensors")
     except (RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"the checkpoint {path} does not fit this model: {reason(error)}",
@@ -207,7 +278,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[Progres
         ) from None
     load_optimizer(optimizer, load_file(path / "optimizer.safetensors"), entries["optimizer_numbers"])
     restore_rng(load_file(path / "rng.safetensors"), entries["python_rng"])
-    progress = Progress(entries["step"], entries["tokens"], entries["seconds"], entries["data"], entries["evaluation"])
+    progress = Progress(**{f.name: entries[f.name] for f in fields(Progress) if f.name in entries})
     return progress, load_file(path / "method.safetensors")
 
 

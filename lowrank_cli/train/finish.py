@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowrank_cli import console
+from lowrank_cli.models.source import ADAPTER, place
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
+from lowrank_cli.train.objective import mean_line
+from lowrank_cli.train.setup import head_parameters
 
 if TYPE_CHECKING:
     from lowrank_cli.train.loop import Session
@@ -18,23 +23,34 @@ if TYPE_CHECKING:
 
 def finish(session: Session) -> dict[str, Any]:
     """Write model/ and return what came of the run."""
-    run, model = session.run, session.model
-    for part in session.parts:
-        part.merge(model)
+    run, progress = session.run, session.progress
+    if progress.best and (run.path / "best").is_dir():
+        if progress.best["step"] != progress.step:
+            console.note(f"model/ gets the best weights, of step {int(progress.best['step'])}")
+        session.load_method_states(checkpoint.load_best(run.path / "best", session.model))
+        progress.evaluation = {k: v for k, v in progress.best.items() if k != "step"}
+    task = session.config.task
+    merging = session.adapter is None or task.merge
+    reread = merging and task is not None and task.quantize is not None
     for leftover in run.path.glob(".model.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = run.path / f".model.{os.getpid()}"
     try:
-        checkpoint.write_model(temporary, model, session.data.tokenizer)
+        if not merging or reread:
+            write_adapter(session, temporary)
+        if merging:
+            merge(session, temporary)
         shutil.rmtree(run.model, ignore_errors=True)
         checkpoint.commit(temporary, run.model)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    progress = session.progress
+    trainable = sum(p.numel() for group in session.optimizer.param_groups for p in group["params"])
     return {
+        "command": session.config.command,
         "method": session.config.method,
         "run": str(run.path),
         "model": str(run.model),
+        "is_adapter": not merging,
         "plots": session.config.train.plots,
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -42,8 +58,41 @@ def finish(session: Session) -> dict[str, Any]:
         "train_seconds": round(progress.seconds, 1),
         "peak_memory_bytes": peak_memory(session.device),
         "optimizer_state_bytes": optimizer_bytes(session.optimizer),
-        "sample": sample(session),
+        "trainable_parameters": trainable,
+        "stored_bytes": sum(p.stat().st_size for p in run.model.glob("*.safetensors")),
+        "sample": sample(session) if session.model.can_generate() else "",
     }
+
+
+def write_adapter(session: Session, folder: Path) -> None:
+    """The adapter, with the head that was trained with it, and the tokenizer."""
+    folder.mkdir(parents=True)
+    base = session.base
+    session.adapter.save_adapter(session.model, folder, str(Path(base).resolve()) if Path(base).exists() else base)
+    head = head_parameters(session.model)
+    if head:
+        from lowrank_cli.models import adapters
+
+        inner = session.model.base_model_prefix + "."
+        modules = sorted({name.removeprefix(inner).partition(".")[0] for name in head})
+        adapters.add_head(folder, head, modules, "SEQ_CLS")
+    session.data.tokenizer.save_pretrained(folder)
+
+
+def merge(session: Session, folder: Path) -> None:
+    """Turn the model into a plain one and write it; a 4-bit base is read again in full precision first."""
+    if (folder / ADAPTER).is_file():
+        from lowrank_cli.models import load
+
+        dtype = session.model.dtype if session.model.dtype.is_floating_point else torch.float32
+        head = load.Head(tuple(session.data.label_names)) if head_parameters(session.model) else None
+        source = replace(place(session.base, offline=session.config.common.offline), adapter=str(folder))
+        session.model = load.load_weights(source, dtype, head=head).to(session.device)
+        shutil.rmtree(folder)
+    else:
+        for part in session.parts:
+            part.merge(session.model)
+    checkpoint.write_model(folder, session.model, session.data.tokenizer)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -84,23 +133,47 @@ def sample(session: Session, length: int = 48) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """The last lines on the screen; returns the one for stdout."""
-    console.note(f"\nwrote (after its first words):\n{result['sample']}\n")
-    loss, ppl, tokens = (result[f"validation_{key}"] for key in ("loss", "perplexity", "tokens"))
+    if result["sample"]:
+        console.note(f"\nwrote (after its first words):\n{result['sample']}\n")
+    values = {k.removeprefix("validation_"): v for k, v in result.items() if k.startswith("validation_")}
     trained = f"{result['steps']} steps, {console.human_count(result['tokens'])} tokens"
+    line = mean_line(values)
+    stored = f"{console.human_bytes(result['stored_bytes'])}: {result['model']}"
     rows = [
-        ["validation perplexity", f"{ppl:.2f} (loss {loss:.4f} over {tokens:,} tokens)"],
+        ["validation", line],
         ["trained", f"{trained}, {result['train_seconds']:.0f} s"],
+        ["trained parameters", f"{result['trainable_parameters']:,}"],
         ["peak memory", console.human_bytes(result["peak_memory_bytes"])],
         ["optimizer state", console.human_bytes(result["optimizer_state_bytes"])],
         ["run", result["run"]],
         *([["pictures", f"{result['run']}/plots"]] if result["plots"] else []),
-        ["model", result["model"]],
+        ["adapter" if result["is_adapter"] else "model", stored],
     ]
     console.table("Done", ["", ""], rows)
-    console.note("next:")
-    console.note(f"  lowrank pretrain --method {result['method']} --continue-from {result['model']}")
-    console.note(
-        f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', "
-        f"'{result['model']}')('import')[0]['generated_text'])\""
-    )
-    return f"validation perplexity {ppl:.2f} after {trained}: {result['model']}"
+    if commands := next_commands(result):
+        console.note("next:")
+    for command in commands:
+        console.note(f"  {command}")
+    return f"validation {line.partition(' (')[0]} after {trained}: {result['model']}"
+
+
+def next_commands(result: dict[str, Any]) -> list[str]:
+    """What a user may want to type now."""
+    model = result["model"]
+    if result["command"] == "pretrain":
+        return [
+            f"lowrank pretrain --method {result['method']} --continue-from {model}",
+            f"lowrank finetune --model {model}",
+            f"lowrank eval mmlu --model {model}",
+        ]
+    if "validation_perplexity" not in result:
+        auto = "from peft import AutoPeftModelForSequenceClassification as A"
+        if not result["is_adapter"]:
+            auto = "from transformers import AutoModelForSequenceClassification as A"
+        return [f"python -c \"{auto}; A.from_pretrained('{model}')\""]
+    if result["is_adapter"]:
+        return [
+            f"lowrank eval mmlu --model {model}",
+            f"python -c \"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained('{model}')\"",
+        ]
+    return [f"lowrank eval mmlu --model {model}", f"lowrank compress --model {model}"]

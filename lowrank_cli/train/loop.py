@@ -7,7 +7,6 @@ now and then report, evaluate and save. `Session` holds what those share.
 from __future__ import annotations
 
 import math
-import random
 import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,23 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_cli import console, data, methods, optim, plots
+from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import Interrupted, LowrankError
-from lowrank_cli.evaluate.perplexity import perplexity
-from lowrank_cli.models import load as models
-from lowrank_cli.models.forward import causal_lm_loss
 from lowrank_cli.optim import schedule
 from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
-from lowrank_cli.train.metrics import Reporter, check_sinks
-from lowrank_cli.train.setup import apply_methods
+from lowrank_cli.train.metrics import Reporter
+from lowrank_cli.train.objective import Causal, is_better, mean_line
+from lowrank_cli.train.setup import adapter_of
 
 
 @dataclass
 class Session:
-    """A run's parts, built once by `prepare`."""
+    """A run's parts, built once by `train.prepare.prepare`."""
 
     config: RunConfig
     data: Any
@@ -42,6 +39,8 @@ class Session:
     plan: plan.Plan
     device: torch.device
     targets: list[dict[str, Any]]
+    objective: Causal = field(default_factory=Causal)
+    base: str = ""  # where an adapter's base model is
     run: RunDir | None = None
     progress: checkpoint.Progress = field(default_factory=checkpoint.Progress)
     rng: dict[str, Any] = field(default_factory=dict)
@@ -51,93 +50,39 @@ class Session:
         self.progress.data = self.data.train.state_dict()
         self.rng = checkpoint.rng_state()
 
+    @property
+    def adapter(self) -> methods.Method | None:
+        """The method that trains an adapter on a frozen base, if one does."""
+        return adapter_of(self.parts)
+
+    def method_states(self) -> dict[str, Tensor]:
+        """The methods' own tensors."""
+        return {f"{m.name}|{k}": v for m in self.parts for k, v in m.state(self.model).items()}
+
+    def load_method_states(self, states: dict[str, Tensor]) -> None:
+        """Put them back; called after the weights, from which a method may compose others."""
+        for m in self.parts:
+            m.load_state(self.model, {k.partition("|")[2]: v for k, v in states.items() if k.startswith(f"{m.name}|")})
+
     def save(self) -> Path:
         """Write a checkpoint of the last whole update."""
-        states = {f"{m.name}|{k}": v for m in self.parts for k, v in m.state(self.model).items()}
         return checkpoint.save(
             self.run.checkpoints,
             model=self.model,
             tokenizer=self.data.tokenizer,
             optimizer=self.optimizer,
-            method_states=states,
+            method_states=self.method_states(),
             progress=self.progress,
             rng=self.rng,
             keep=self.config.train.keep,
+            adapter=self.adapter is not None,
         )
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint."""
         self.progress, states = checkpoint.load(path, model=self.model, optimizer=self.optimizer)
-        for m in self.parts:
-            m.load_state(self.model, {k.partition("|")[2]: v for k, v in states.items() if k.startswith(f"{m.name}|")})
+        self.load_method_states(states)
         self.data.train.load_state_dict(self.progress.data)
-
-
-def prepare(config: RunConfig) -> Session:
-    """Data, model, methods and optimizer of a run, with the table of what is trained how.
-
-    Whatever is wrong with the configuration, the data or the model is found here, before a run folder is made.
-    """
-    console.quiet_libraries()
-    torch.manual_seed(config.common.seed)
-    random.seed(config.common.seed)
-    device = models.device_of(config.common.device)
-    dtype = models.dtype_of(config.model.dtype, device)
-    check_sinks(config.train.log)
-    plan.check(config)
-    scratch = config.model.continue_from is None
-    if scratch:
-        # whether the shape makes sense is known before the text is read
-        models.build_config(config.model, vocab_size=config.data.vocab_size, max_length=config.data.max_length)
-    batches = data.build(
-        config.data,
-        batch_size=config.train.batch_size,
-        total_batch_size=plan.total_batch_size(config),
-        eval_tokens=config.eval.eval_tokens,
-        seed=config.common.seed,
-        offline=config.common.offline,
-        tokenizer_fallback=None if scratch else models.tokenizer_of(config.model),
-        status=console.note,
-    )
-    tokens = batches.tokenizer
-    architecture = (
-        models.build_config(
-            config.model,
-            vocab_size=len(tokens),
-            bos_token_id=tokens.bos_token_id,
-            eos_token_id=tokens.eos_token_id,
-            pad_token_id=tokens.pad_token_id,
-            max_length=config.data.max_length,
-        )
-        if scratch
-        else None
-    )
-    model = models.load(
-        config.model,
-        config=architecture,
-        dtype=dtype,
-        device=device,
-        seed=config.common.seed,
-        offline=config.common.offline,
-    )
-    models.check_vocabulary(model, batches.tokenizer)
-    parts, groups = apply_methods(config, model)
-    targets = audit.targets(model, groups)
-    audit.show_targets(targets, config.method)
-    optimizer = optim.build(config.optim, groups)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    model.train()
-    return Session(
-        config=config,
-        data=batches,
-        model=model,
-        parts=parts,
-        optimizer=optimizer,
-        plan=plan.make(config, batches.train.updates_per_epoch),
-        device=device,
-        targets=targets,
-    )
 
 
 def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[str, Any]:
@@ -179,7 +124,10 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         session.model, session.optimizer, per_layer=config.optim.per_layer, clipping=config.optim.grad_clipping
     )
     session.mark()
-    with Reporter(run, config, total=steps.steps, progress=progress, device=session.device) as report, Stop() as stop:
+    reporter = Reporter(
+        run, config, total=steps.steps, progress=progress, device=session.device, causal=session.objective.causal
+    )
+    with reporter as report, Stop() as stop:
         if progress.step == 0:
             evaluate(session, report, stop)
         for step in range(progress.step + 1, steps.steps + 1):
@@ -193,6 +141,8 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
             gradients.begin(measuring=reporting or saving)
             try:
                 loss, tokens = backward(session, gradients, stop)
+                for part in session.parts:
+                    part.before_step(session.model)
                 grad_norm = clip(session, gradients)
                 gradients.step()
             except FloatingPointError as error:
@@ -208,10 +158,14 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
             with report.paused():
                 if evaluating:
                     evaluate(session, report, stop)
-                if saving:
+                enough = out_of_patience(session)
+                if saving or enough:
                     session.save()
                 if drawing and saving and step < steps.steps:
                     drawing.start()
+            if enough:
+                console.note(f"no better evaluation for {progress.worse} times: stopped after step {step}")
+                break
         gradients.close()
         if drawing:
             drawing.finish()
@@ -222,19 +176,19 @@ def backward(session: Session, gradients: Gradients, stop: Stop) -> tuple[float,
     """Gradients of one update over its micro-batches; returns the mean loss and the number of its tokens."""
     batches = session.data.train.next_update()
     # every micro-batch is divided by the update's own number of targets, so accumulation is exact
-    targets = max(1, int(sum((b["labels"][:, 1:] != -100).sum() for b in batches)))
+    targets = max(1, session.objective.targets(batches))
     total: Tensor | float = 0.0
     for i, batch in enumerate(batches):
         stop.check(session)
         batch = {key: value.to(session.device, non_blocking=True) for key, value in batch.items()}
-        loss = causal_lm_loss(session.model, batch, targets)
+        loss = session.objective.loss(session.model, batch, targets)
         total = total + loss.detach()
         gradients.last = i == len(batches) - 1
         # the one synchronisation of an update, before anything can step: a broken loss never reaches the weights
         if gradients.last and not math.isfinite(float(total)):
             raise not_finite(session, f"the loss is {float(total)}")
         loss.backward()
-    return float(total), sum(int((b["labels"] != -100).sum()) for b in batches)
+    return float(total), session.objective.tokens(batches)
 
 
 def clip(session: Session, gradients: Gradients) -> float | None:
@@ -300,7 +254,23 @@ class Stop:
 
 
 def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
-    """Validation perplexity, reported and remembered."""
-    result = perplexity(session.model, session.data.validation(), between=lambda: stop.check(session))
-    session.progress.evaluation = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
-    report.evaluation(result.loss, result.perplexity, result.tokens)
+    """An evaluation, reported and remembered; of a task, the best weights so far are kept on disk."""
+    values = session.objective.evaluate(session.model, session.data, between=lambda: stop.check(session))
+    progress = session.progress
+    progress.evaluation = values
+    report.evaluation(values, mean_line(values))
+    if session.config.task is None:
+        return
+    metric, higher = session.objective.best
+    if is_better(values[metric], progress.best.get(metric), higher):
+        progress.best, progress.worse = {**values, "step": progress.step}, 0
+        if session.config.task.keep_best:
+            checkpoint.save_best(session.run.path / "best", session.model, session.method_states())
+    else:
+        progress.worse += 1
+
+
+def out_of_patience(session: Session) -> bool:
+    """Whether a task has been evaluated often enough without getting better."""
+    patience = session.config.task.patience if session.config.task is not None else None
+    return patience is not None and session.progress.worse >= patience

@@ -122,8 +122,17 @@ class Reporter:
     alone, without evaluation and saving; so do the tokens per second.
     """
 
-    def __init__(self, run: RunDir, config: RunConfig, *, total: int, progress: Any, device: torch.device):
-        self.progress, self.total, self.device = progress, total, device
+    def __init__(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        *,
+        total: int,
+        progress: Any,
+        device: torch.device,
+        causal: bool = True,
+    ):
+        self.progress, self.total, self.device, self.causal = progress, total, device, causal
         self.metrics = Metrics(
             run.metrics, log=config.train.log, name=run.path.name, config=config.flat(), resume_step=progress.step
         )
@@ -181,10 +190,8 @@ class Reporter:
             memory=memory,
             **extra,
         )
-        numbers = (
-            f"loss {loss:.3f}  ppl {math.exp(min(loss, 700)):.1f}  lr {lr:.1e}  {speed:,.0f} tok/s  "
-            f"{console.human_bytes(memory)}"
-        )
+        perplexity = f"ppl {math.exp(min(loss, 700)):.1f}  " if self.causal else ""
+        numbers = f"loss {loss:.3f}  {perplexity}lr {lr:.1e}  {speed:,.0f} tok/s  {console.human_bytes(memory)}"
         if self.bar:
             self.bar.update(self.task, numbers=numbers)
             console.log_only(f"step {step}/{self.total}  {numbers}")
@@ -192,13 +199,10 @@ class Reporter:
             left_s = (self.total - step) * seconds / step
             console.note(f"step {step}/{self.total}  {numbers}  {left_s:.0f} s left")
 
-    def evaluation(self, loss: float, perplexity: float, tokens: int) -> None:
-        """A validation perplexity."""
-        self.metrics.write(self.progress.step, eval_loss=loss, eval_perplexity=perplexity, eval_tokens=tokens)
-        console.note(
-            f"step {self.progress.step}/{self.total}  validation perplexity {perplexity:.2f} "
-            f"(loss {loss:.4f} over {tokens:,} tokens)"
-        )
+    def evaluation(self, values: dict[str, float], line: str) -> None:
+        """The numbers of an evaluation, and how to say them."""
+        self.metrics.write(self.progress.step, **{f"eval_{key}": value for key, value in values.items()})
+        console.note(f"step {self.progress.step}/{self.total}  validation {line}")
         self.clock = time.monotonic()
 
 

@@ -10,6 +10,9 @@ from lowrank_cli.errors import UsageError
 
 # what a run takes when no length is given: minutes for the default preset on a laptop
 DEFAULT_STEPS = 300
+# and passes over the data of a task, where records are few and are seen several times
+METRICS_PER_EPOCH = ("classification", "regression")
+DEFAULT_EPOCHS = {"classification": 3.0, "regression": 3.0, "causal": 1.0}
 
 
 @dataclass(frozen=True)
@@ -28,36 +31,42 @@ def total_batch_size(config: RunConfig) -> int:
     return config.train.total_batch_size or config.train.batch_size
 
 
-def make(config: RunConfig, updates_per_epoch: int | None) -> Plan:
+def make(config: RunConfig, updates_per_epoch: int | None, kind: str | None = None) -> Plan:
     """The plan of a run.
 
     Args:
         config: the resolved configuration.
         updates_per_epoch: updates in one pass over the data; None for a stream of unknown length.
+        kind: of a supervised task: causal, classification or regression; None for running text.
     Raises:
         UsageError: the length is given twice, or in epochs of a stream.
     """
     check(config)
     train = config.train
     tokens_per_update = total_batch_size(config) * config.data.max_length
+    epochs = train.epochs
+    if kind is not None and updates_per_epoch and not any((train.max_steps, train.max_train_tokens, epochs)):
+        epochs = DEFAULT_EPOCHS[kind]
     if train.max_train_tokens is not None:
         steps = math.ceil(train.max_train_tokens / tokens_per_update)
-    elif train.epochs is not None:
+    elif epochs is not None:
         if updates_per_epoch is None:
             raise UsageError(
                 "a streamed dataset has no known length, so --epochs means nothing",
                 "give --max-steps or --max-train-tokens",
             )
-        steps = max(1, round(train.epochs * updates_per_epoch))
+        steps = max(1, round(epochs * updates_per_epoch))
     else:
         steps = train.max_steps or DEFAULT_STEPS
+    per_epoch = min(steps, updates_per_epoch or steps)
     warmup = config.optim.warmup_steps
     if warmup is not None and warmup > steps:
         raise UsageError(f"--warmup-steps {warmup} is longer than the run of {steps} steps", "take a shorter warm-up")
     return Plan(
         steps=steps,
         warmup_steps=steps // 10 if warmup is None else warmup,
-        eval_every=config.eval.eval_every or max(1, math.ceil(steps / 10)),
+        eval_every=config.eval.eval_every
+        or (per_epoch if kind in METRICS_PER_EPOCH else max(1, math.ceil(steps / 10))),
         save_every=train.save_every or max(1, math.ceil(steps / 4)),
         tokens_per_update=tokens_per_update,
     )

@@ -12,8 +12,28 @@ def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Met
     """The chosen methods, which have changed the model in place, and the parameter groups that they have tagged."""
     parts = [methods.get(name)(part) for name, part in config.methods.items()]
     for part in parts:
+        part.command = config.command
         part.wrap(model)
+        if part.is_adapter:
+            # the base is frozen, but the head of a task is new and has to learn
+            for p in head_parameters(model).values():
+                p.requires_grad_(True)
     groups = optim.base_groups(model, config.optim)
     for part in parts:
         groups = part.param_groups(model, groups)
     return parts, groups
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a sequence classifier that no base model brings, by name: its head, and a pooler that was
+    drawn anew. None for a language model."""
+    if "SequenceClassification" not in type(model).__name__:
+        return {}
+    inner = model.base_model_prefix + "."
+    drawn = getattr(model, "newly_drawn", frozenset())
+    return {name: p for name, p in model.named_parameters() if not name.startswith(inner) or name in drawn}
+
+
+def adapter_of(parts: list[methods.Method]) -> methods.Method | None:
+    """The method that trains an adapter, if one does."""
+    return next((part for part in parts if part.is_adapter), None)

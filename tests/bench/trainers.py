@@ -153,6 +153,7 @@ def lowrank(problem: dict) -> dict:
             method += [f"--galore-{key.replace('_', '-')}", str(problem[key])]
     if problem.get("per_layer"):
         method.append("--per-layer")
+    method += problem.get("flags", [])
     with tempfile.TemporaryDirectory(dir=problem["folder"]) as out:
         code = main([*flags(problem), *method, "--out", out])
         if code:

@@ -11,6 +11,7 @@ import yaml
 
 from lowrank_cli import config, methods
 from lowrank_cli.errors import UsageError
+from lowrank_cli.settings import COMMANDS
 
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "peft", "matplotlib", "bitsandbytes", "numpy")
 
@@ -57,12 +58,19 @@ def test_top_help_lists_methods_and_presets_with_one_line_each(lowrank, monkeypa
         assert "arXiv" in config.preset_summary(name)
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_help_shows_every_flag_whole_at_80_columns(name, lowrank, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(c, n) for c in COMMANDS for n in methods.names() if c in methods.get(n).commands]
+    + [("eval", ""), ("svd-dump", "")],
+)
+def test_help_shows_every_flag_whole_at_80_columns(command, name, lowrank, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    words = set(lowrank("pretrain", "--method", name, "--help")[1].split())
-    plain = [(cls, f, "") for cls in (*config.SECTIONS.values(), config.Invocation) for f in fields(cls)]
-    own = [(methods.get(name).Config, f, f"{name}-") for f in fields(methods.get(name).Config)]
+    words = set(lowrank(command, *(["--method", name] if name else []), "--help")[1].split())
+    spec = COMMANDS[command]
+    plain = [(cls, f, "") for cls in spec.sections.values() for f in config.offered(command, cls)]
+    plain = [(cls, f, "") for cls, f, _ in plain if config.key_of(f) != spec.argument]
+    plain += [(spec.call, f, "") for f in fields(spec.call)]
+    own = [(methods.get(name).Config, f, f"{name}-") for f in fields(methods.get(name).Config)] if name else []
     for cls, f, prefix in plain + own:
         flag = f"{prefix}{config.key_of(f).replace('_', '-')}"
         assert f"--{flag}" in words

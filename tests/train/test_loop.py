@@ -160,17 +160,17 @@ def test_clipping_bounds_the_gradient_that_is_used(lowrank, tiny_flags, monkeypa
 
 @pytest.mark.parametrize("when", [1, 6])
 def test_a_loss_that_is_not_finite_stops_the_run(when, lowrank, tiny_flags, monkeypatch):
-    from lowrank_cli.train import loop
+    from lowrank_cli.train import objective
 
     calls = iter(range(1, 99))
-    original = loop.causal_lm_loss
+    original = objective.causal_lm_loss
 
     def broken(model, batch, targets):
         if next(calls) == when:
             model.model.layers[1].mlp.up_proj.weight.data[3, 2] = float("inf")
         return original(model, batch, targets)
 
-    monkeypatch.setattr(loop, "causal_lm_loss", broken)
+    monkeypatch.setattr(objective, "causal_lm_loss", broken)
     code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 9, "--save-every", 4, "--out", "run")
     assert code == 1
     assert f"the loss is nan at step {when}" in err

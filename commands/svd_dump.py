@@ -1,0 +1,45 @@
+"""`lowrank svd-dump`: the singular values of a model's linears, as files and pictures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lowrank_cli.commands.compress import recorded
+
+from lowrank_cli import config, console, options
+from lowrank_cli.config import Call
+from lowrank_cli.run import RunDir
+
+HELP = """Write the singular values of every linear of a model, and of its gradients with --gradients.
+
+With no options: those of the newest run's model."""
+
+
+def register(app, argv) -> None:
+    """Add the command to the application."""
+    options.register(app, "svd-dump", HELP, svd_dump, argv)
+
+
+def svd_dump(given: dict[str, Any], method_given: dict[str, dict[str, Any]], call: Call) -> None:
+    """Dump and say where."""
+    from lowrank_cli.commands.training import to_yaml
+
+    console.set_level(console.QUIET if call.quiet else console.VERBOSE if call.verbose else console.NORMAL)
+    resolved = config.resolve("svd-dump", given, method_given, config_file=call.config)
+    if call.print_config:
+        print(to_yaml(resolved), end="")
+        return
+    RunDir.check(call.out)
+    from lowrank_cli.compress import svd_dump as dump
+
+    dumped = dump.prepare(resolved)
+    if call.dry_run:
+        console.table("Linears", ["name", "shape"], [[n, f"{m} x {k}"] for n, (m, k) in dumped.reader.shapes.items()])
+        if call.json:
+            print(json.dumps({"linears": dumped.reader.shapes}))
+        return
+    folder = RunDir.create(call.out, "svd-dump")
+    (folder.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
+    result = recorded(folder, resolved, lambda: dump.run(dumped, folder))
+    print(json.dumps(result) if call.json else dump.summary(result))

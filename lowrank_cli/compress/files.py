@@ -1,0 +1,112 @@
+"""Files of singular values: ours, and the layout that WeLore's authors published."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowrank_cli.compress.pictures import place_of
+from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.svd.spectrum import effective_rank
+
+VALUES = "singular_values.safetensors"
+PUBLISHED = "singular_values.pt"
+COLUMNS = ("name", "layer", "kind", "out", "in", "rank", "largest", "smallest", "effective_rank", "rank_of_90_percent")
+
+
+def write_spectra(
+    folder: Path, values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], stem: str = "singular_values"
+) -> None:
+    """STEM.safetensors with every value, and STEM.csv with a line for each linear."""
+    save_file({name: v.float().contiguous() for name, v in values.items()}, folder / f"{stem}.safetensors")
+    with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(line(name, v, shapes[name]) for name, v in values.items())
+
+
+def line(name: str, values: Tensor, shape: tuple[int, int]) -> dict[str, Any]:
+    """A linear's row of the CSV file."""
+    layer, kind = place_of(name)
+    squares = values.double().square()
+    share = squares.cumsum(0) / squares.sum().clamp(min=1e-300)
+    return {
+        "name": name, "layer": layer, "kind": kind, "out": shape[0], "in": shape[1], "rank": values.numel(),
+        "largest": float(values[0]), "smallest": float(values[-1]),
+        "effective_rank": round(effective_rank(values), 2), "rank_of_90_percent": int((share < 0.9).sum()) + 1,
+    }  # fmt: skip
+
+
+def write_published(path: Path, values: Mapping[str, Tensor]) -> None:
+    """The layout of the authors' files: {layer: {name in the layer: singular values}}."""
+    content: dict[int, dict[str, Tensor]] = {}
+    for name, v in values.items():
+        layer, kind = place_of(name)
+        content.setdefault(layer, {})[kind] = v.float()
+    torch.save(content, path)
+
+
+def read_spectra(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Singular values from a dump's folder, its file, or a published .pt file, for the linears of a model.
+
+    Args:
+        path: what was given.
+        shapes: (out, in) of the model's linears, by name.
+    Returns:
+        Values by name, descending, in float64, for exactly these linears.
+    Raises:
+        MissingError: nothing there.
+        UsageError: no file of singular values, or that of another model.
+    """
+    file = path / VALUES if path.is_dir() else path
+    if not file.is_file():
+        raise MissingError(f"no singular values at {file}", "make them: lowrank svd-dump")
+    try:
+        found = load_file(file) if file.suffix == ".safetensors" else published(file)
+    except (SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"{file} is no file of singular values: {str(error).splitlines()[0][:150]}",
+            "give the folder of an svd-dump, or a .pt file of tensors {layer: {name: values}}",
+        ) from None
+    by_place = {place_of(name): v for name, v in found.items()}
+    values = {}
+    for name, (m, n) in shapes.items():
+        v = by_place.get(place_of(name))
+        if v is None or v.numel() != min(m, n):
+            there = "none" if v is None else f"{v.numel()}"
+            raise UsageError(
+                f"{file} is of another model: it has {there} singular values for {name}, which is {m} x {n}",
+                "make those of this model: lowrank svd-dump",
+            )
+        if not bool(torch.isfinite(v).all()) or bool((v < 0).any()):
+            raise UsageError(f"{file} holds impossible singular values for {name}", "make the file again")
+        values[name] = v.double().flatten().sort(descending=True).values
+    return values
+
+
+def published(file: Path) -> dict[str, Tensor]:
+    """The values of a .pt file by LAYER.NAME; only tensors and plain containers are read.
+
+    Raises:
+        ValueError: another layout.
+    """
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no mapping of layers")
+    found = {}
+    for layer, entries in content.items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"layer {layer} holds no mapping of names")
+        for name, v in entries.items():
+            if not isinstance(v, (Tensor, list, tuple)):
+                raise ValueError(f"{name} of layer {layer} is no tensor")
+            found[f"{int(layer)}.{str(name).removesuffix('.weight')}"] = torch.as_tensor(v)
+    return found

@@ -1,0 +1,262 @@
+"""A model made smaller: measure, decompose, choose ranks, factor, measure again, write.
+
+Everything is made in memory first; the folder of the result gets the model under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli import console, methods
+from lowrank_cli.compress import report
+from lowrank_cli.compress.decomposition import Store, Targets, decompose_all, find_targets, plain_values
+from lowrank_cli.compress.progress import progress
+from lowrank_cli.compress.text import text_of_run, windows
+from lowrank_cli.config import DataConfig, RunConfig
+from lowrank_cli.data.tokenizer import named_tokenizer
+from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.evaluate.perplexity import perplexity
+from lowrank_cli.models import load as models
+from lowrank_cli.models.lowrank_linear import low_rank_linears, replace_linear, weight_of
+from lowrank_cli.models.lowrank_quantizer import densify, mark
+from lowrank_cli.models.source import Source, locate
+from lowrank_cli.run import RunDir
+from lowrank_cli.svd.rank_selection import Ranks, Spectra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# forward passes that are timed
+TIMED = 3
+
+
+@dataclass
+class Job:
+    """A compression's parts, checked, before anything is written.
+
+    Attributes:
+        config: the settings.
+        part: the method that chooses the ranks.
+        model: the model, on its device.
+        targets: its linears; none if the model is compressed already and only its format changes.
+        tokenizer: the model's, or None.
+        calibration: windows of text, (B, T) each; empty without weighting.
+        weighting: "none", "input" or "two-sided".
+        measuring: windows of text that perplexity is measured on.
+        texts: what both texts are, for the record.
+        given: singular values that were given, by name.
+    """
+
+    config: RunConfig
+    part: methods.Method
+    model: PreTrainedModel
+    targets: Targets
+    tokenizer: Any
+    calibration: list[Tensor]
+    weighting: str
+    measuring: list[Tensor]
+    texts: dict[str, Any]
+    given: dict[str, Tensor]
+
+
+def prepare(config: RunConfig) -> Job:
+    """Load the model and the texts; whatever is wrong with them shows here.
+
+    Raises:
+        UsageError: a model that cannot be compressed, weights that are not finite, a text that is too short.
+        MissingError: something is not there.
+    """
+    console.quiet_libraries()
+    part = next(methods.get(n)(c) for n, c in config.methods.items() if "compress" in methods.get(n).commands)
+    settings, offline = part.config, config.common.offline
+    device = models.device_of(config.common.device)
+    source = locate(config.model, offline=offline)
+    model = models.load(
+        config.model,
+        config=None,
+        dtype=models.dtype_of(config.model.dtype, device),
+        device=device,
+        seed=config.common.seed,
+        offline=offline,
+    ).eval()
+    merging = config.compress.format == "dense" and bool(low_rank_linears(model))
+    targets = Targets({}, {}) if merging else find_targets(model)
+    own = text_of_run(source.location)
+    calibrating = None if settings.calibrate is None else DataConfig(dataset=settings.calibrate)
+    calibrating = calibrating or own
+    weighting = settings.weighting or ("none" if calibrating is None or settings.paper else "two-sided")
+    if weighting != "none" and calibrating is None:
+        raise UsageError(
+            f"--welore-weighting {weighting} needs text", "add --welore-calibrate stdlib, or a file of your own"
+        )
+    if merging:
+        weighting = "none"
+    measuring = DataConfig(dataset=config.compress.dataset) if config.compress.dataset else own or DataConfig()
+    tokenizer = tokenizer_for(source, model, offline, needed=weighting != "none" or config.compress.eval_tokens > 0)
+    length = config.compress.max_length
+    count = math.ceil(config.compress.eval_tokens / (length - 1))
+    common = {"length": length, "offline": offline}
+    return Job(
+        config=config,
+        part=part,
+        model=model,
+        targets=targets,
+        tokenizer=tokenizer,
+        calibration=windows(
+            calibrating, "train", tokenizer, count=settings.samples, flag="--welore-calibrate", **common
+        )
+        if weighting != "none"
+        else [],
+        weighting=weighting,
+        measuring=windows(measuring, "validation", tokenizer, count=count, flag="--dataset", **common)
+        if count
+        else [],
+        texts={"calibration": calibrating.dataset if weighting != "none" else None, "evaluation": measuring.dataset},
+        given=given_spectra(config, targets),
+    )
+
+
+def given_spectra(config: RunConfig, targets: Targets) -> dict[str, Tensor]:
+    """Singular values of --spectra, for these linears; none without it."""
+    if config.compress.spectra is None or not targets.linears:
+        return {}
+    from lowrank_cli.compress.files import read_spectra
+
+    return read_spectra(Path(config.compress.spectra), targets.shapes)
+
+
+def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, needed: bool) -> Any:
+    """The tokenizer beside the weights; None if there is none and nobody needs it."""
+    place = source.name if source.gguf else source.location
+    try:
+        tokenizer = named_tokenizer(place, offline=offline)
+    except LowrankError:
+        if needed:
+            raise
+        return None
+    models.check_vocabulary(model, tokenizer)
+    return tokenizer
+
+
+def run(job: Job, folder: RunDir) -> dict[str, Any]:
+    """Compress the model of a job; its folder then holds it with the ranks, the pictures and the numbers.
+
+    Returns:
+        What was lost and gained: perplexities, parameters, bytes, tokens a second, before and after.
+    Raises:
+        LowrankError: a number broke, or the model could not be written.
+    """
+    config, model, targets = job.config, job.model, job.targets
+    result: dict[str, Any] = {
+        "method": config.method, "run": str(folder.path), "model": str(folder.model), "weighting": job.weighting,
+        "calibration_text": job.texts["calibration"], "evaluation_text": job.texts["evaluation"],
+    }  # fmt: skip
+    before = measure(model, job.measuring)
+    rows: list[dict[str, Any]] = []
+    if targets.linears:
+        plain, weighted, store = spectra_of(job, folder)
+        ranks = job.part.ranks(plain, weighted)
+        rows = report.rows(targets, ranks, plain, weighted)
+        result |= {
+            "allocation": job.part.allocation,
+            "target": job.part.target,
+            "rank_reduction": plain.rank_reduction(ranks),
+            "linear_parameter_share": plain.parameter_share(ranks),
+            "low_rank_components": sum(rank is not None for rank in ranks.values()),
+            "linears": len(ranks),
+        }
+        factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
+        shutil.rmtree(store.folder, ignore_errors=True)
+    after = measure(model, job.measuring)
+    if config.compress.format == "dense":
+        densify(model)
+    elif low_rank_linears(model):
+        mark(model, {"details": {k: result[k] for k in ("method", "target", "weighting", "allocation")}})
+    for key in before:
+        result[f"{key}_before"], result[f"{key}_after"] = before[key], after[key]
+    result["bytes_after"] = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
+    report.write(folder, rows, result, plots=config.compress.plots)
+    write_model(folder, model, job.tokenizer)
+    return result
+
+
+def spectra_of(job: Job, folder: RunDir) -> tuple[Spectra, Spectra, Store]:
+    """The weights' own singular values, the weighted ones, and the decompositions."""
+    settings, linears = job.part.config, job.targets.linears
+    store = Store(folder.path / f".decompositions.{os.getpid()}")
+    decompose_all(
+        job.model, linears, store, windows=job.calibration, weighting=job.weighting, damping=settings.damping,
+        seed=job.config.common.seed,
+    )  # fmt: skip
+    form = {"shapes": job.targets.shapes, "pifa": settings.pifa, "allow_growth": settings.paper}
+    weighted = Spectra({name: store.get(name).values.cpu() for name in linears}, **form)
+    if job.given:
+        return Spectra(job.given, **form), weighted, store
+    if job.weighting == "none":
+        return weighted, weighted, store
+    with progress("singular values", len(linears)) as advance:
+        values = plain_values(linears, advance)
+    return Spectra({name: v.cpu() for name, v in values.items()}, **form), weighted, store
+
+
+@torch.no_grad()
+def factor(model: nn.Module, targets: Targets, ranks: Ranks, store: Store, form: str) -> None:
+    """Put low-rank linears in the place of those with a rank, in place."""
+    with progress("factoring", len(ranks)) as advance:
+        for name, rank in ranks.items():
+            advance()
+            if rank is None:
+                continue
+            old = targets.linears.pop(name)
+            first, second = store.get(name).factors(weight_of(old), rank)
+            replace_linear(model, name, rank, form).assign(first, second, old.bias)
+
+
+def measure(model: nn.Module, text: list[Tensor]) -> dict[str, float]:
+    """Parameters, and on a text the perplexity and the speed of the forward pass."""
+    found: dict[str, float] = {
+        "parameters": sum(p.numel() for p in {*model.parameters()}),
+    }
+    if not text:
+        return found
+    console.note("measuring perplexity")
+    outcome = perplexity(model, ({"input_ids": ids, "labels": ids} for ids in text))
+    device = next(model.parameters()).device
+    times = []
+    with torch.no_grad():
+        for ids in (text * TIMED)[:TIMED]:
+            start = time.perf_counter()
+            model(input_ids=ids.to(device), use_cache=False)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append((time.perf_counter() - start) / ids.numel())
+    return found | {
+        "perplexity": outcome.perplexity,
+        "evaluated_tokens": outcome.tokens,
+        "tokens_per_second": 1 / min(times),
+    }
+
+
+def write_model(folder: RunDir, model: PreTrainedModel, tokenizer: Any) -> None:
+    """model/ of the run folder, under a temporary name until it is whole."""
+    from lowrank_cli.train import checkpoint
+
+    temporary = folder.path / f".model.{os.getpid()}"
+    try:
+        temporary.mkdir()
+        model.config.use_cache = True
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        checkpoint.commit(temporary, folder.model)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,95 @@
+"""What a compression came to: ranks.json, ranks.csv, the map of ranks, and the lines on the screen."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from typing import Any
+
+from lowrank_cli import console
+from lowrank_cli.compress.decomposition import Targets
+from lowrank_cli.run import RunDir, write_json
+from lowrank_cli.svd.rank_selection import Ranks, Spectra
+
+COLUMNS = ("name", "out", "in", "rank", "full_rank", "role", "parameters_before", "parameters_after", "error", "why")
+
+
+def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> list[dict[str, Any]]:
+    """What became of each linear: its rank, its role (LRC or N-LRC), its parameters.
+
+    `error` is the relative error of the (weighted) weight in the Frobenius norm.
+    """
+    table = []
+    for name, rank in ranks.items():
+        m, n = plain.shapes[name]
+        squares = weighted.values[name].double().square()
+        lost = 0.0 if rank is None else float((squares[rank:].sum() / squares.sum().clamp(min=1e-300)).sqrt())
+        table.append(
+            {
+                "name": name, "out": m, "in": n, "rank": rank if rank is not None else min(m, n),
+                "full_rank": min(m, n), "role": "N-LRC" if rank is None else "LRC",
+                "parameters_before": m * n, "parameters_after": plain.parameters(name, rank), "error": lost,
+                "why": "",
+            }
+        )  # fmt: skip
+    return table + [{"name": name, "role": "skipped", "why": why} for name, why in targets.skipped.items()]
+
+
+def write(folder: RunDir, table: list[dict[str, Any]], result: dict[str, Any], *, plots: bool) -> None:
+    """The files of a result beside its model."""
+    write_json(folder.path / "result.json", result)
+    if not table:
+        return
+    write_json(folder.path / "ranks.json", table)
+    with (folder.path / "ranks.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(table)
+    show(table)
+    if plots:
+        from lowrank_cli.compress import pictures
+
+        folder.plots.mkdir(exist_ok=True)
+        kept = {row["name"]: row["rank"] / row["full_rank"] for row in table if "rank" in row}
+        dense = {row["name"] for row in table if row["role"] == "N-LRC"}
+        pictures.rank_map(folder.plots / "rank_map.png", kept, dense)
+
+
+def show(table: Sequence[dict[str, Any]]) -> None:
+    """One line for each kind of linear."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in table:
+        if "rank" in row:
+            kinds.setdefault(row["name"].rpartition(".")[2], []).append(row)
+    lines = []
+    for kind, members in kinds.items():
+        low = [row for row in members if row["role"] == "LRC"]
+        ranks = f"{min(r['rank'] for r in low)} to {max(r['rank'] for r in low)}" if low else ""
+        shapes = {f"{r['out']} x {r['in']}" for r in members}
+        after, before = (sum(r[key] for r in members) for key in ("parameters_after", "parameters_before"))
+        lines.append([kind, len(members), ", ".join(sorted(shapes)), len(low), ranks, f"{100 * after / before:.0f} %"])
+    console.table(
+        "Low-rank components",
+        ["linears", "count", "shape", "low-rank", "ranks", "parameters"],
+        lines,
+        right=(1, 3, 5),
+    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result as a few lines for people."""
+    before, after = result["parameters_before"], result["parameters_after"]
+    parts = [f"{console.human_count(before)} -> {console.human_count(after)} parameters"]
+    if "linear_parameter_share" in result:
+        parts[0] += (
+            f" ({100 * result['linear_parameter_share']:.1f} % of the linears', "
+            f"{100 * result['rank_reduction']:.1f} % of the rank cut, "
+            f"{result['low_rank_components']} of {result['linears']} linears low-rank)"
+        )
+    if "perplexity_before" in result:
+        parts += [
+            f"perplexity {result['perplexity_before']:.2f} -> {result['perplexity_after']:.2f} "
+            f"({result['evaluation_text']}, {result['evaluated_tokens_after']:,} tokens)",
+            f"{result['tokens_per_second_before']:,.0f} -> {result['tokens_per_second_after']:,.0f} tokens/s forward",
+        ]
+    return "\n".join([*parts, f"model: {result['model']}"])

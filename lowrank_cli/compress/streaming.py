@@ -1,0 +1,138 @@
+"""Compress a model one weight at a time, from its safetensors files into new ones: no more than a layer in memory.
+
+For models that are larger than memory: without text, so that nothing is weighted and nothing is measured. The result
+is the same as in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from lowrank_cli.compress.pictures import place_of
+from lowrank_cli.compress.progress import progress
+from lowrank_cli.compress.svd_dump import Reader, cached_values
+from lowrank_cli.models.lowrank_linear import FORMS
+from lowrank_cli.models.lowrank_quantizer import LowRankConfig
+from lowrank_cli.svd.rank_selection import Ranks
+from lowrank_cli.svd.spectrum import decompose
+
+WEIGHTS = "model.safetensors.index.json"
+# what a folder has besides weights and their index, and the copy needs as well
+_WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h5", ".msgpack")
+
+
+def values_of(reader: Reader) -> dict[str, Tensor]:
+    """The singular values of every linear, read one after the other."""
+    found = {}
+    with progress("singular values", len(reader.shapes)) as advance:
+        for name in reader.shapes:
+            found[name] = cached_values(name, reader[name])
+            advance()
+    return found
+
+
+def write(
+    reader: Reader, ranks: Ranks, form: str, folder: Path, config: PretrainedConfig, details: dict[str, Any]
+) -> tuple[int, int]:
+    """Write the compressed model into an empty folder: a file for each layer, the index, the configuration, the rest.
+
+    Args:
+        reader: of the model's files.
+        ranks: of its linears.
+        form: "factored" or "pifa".
+        folder: where to; it exists.
+        config: the model's.
+        details: for config.json.
+    Returns:
+        Parameters before and after.
+    """
+    shards: dict[str, str] = {}
+    before = after = 0
+    groups = by_layer(reader)
+    source = next(iter(reader.files.values())).parent
+    with progress("factoring", len(groups)) as advance:
+        for number, keys in enumerate(groups, 1):
+            tensors: dict[str, Tensor] = {}
+            for key in keys:
+                with safe_open(reader.files[key], "pt") as file:
+                    tensor = file.get_tensor(key)
+                before += tensor.numel()
+                tensors |= dict(compressed(reader, ranks, form, key, tensor))
+            after += sum(t.numel() for t in tensors.values() if t.is_floating_point())
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            save_file({k: t.contiguous() for k, t in tensors.items()}, folder / name, metadata={"format": "pt"})
+            shards |= dict.fromkeys(tensors, name)
+            advance()
+    total = sum((folder / name).stat().st_size for name in set(shards.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": shards}
+    (folder / WEIGHTS).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    low = {name: rank for name, rank in ranks.items() if rank is not None}
+    if low:
+        config.quantization_config = LowRankConfig(ranks=low, form=form, details=details)
+    config.save_pretrained(folder)
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    return before, after
+
+
+def compressed(reader: Reader, ranks: Ranks, form: str, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What becomes of one tensor of the model: itself, the parts of its factored form, or nothing for a bias that
+    goes with its weight."""
+    name, _, leaf = key.rpartition(".")
+    rank = ranks.get(name)
+    if rank is None or leaf not in ("weight", "bias"):
+        yield key, tensor
+        return
+    if leaf == "bias":
+        return
+    weight = reader[name]
+    bias = None
+    if f"{name}.bias" in reader.files:
+        with safe_open(reader.files[f"{name}.bias"], "pt") as file:
+            bias = file.get_tensor(f"{name}.bias")
+    m, n = weight.shape
+    layer = FORMS[form](n, m, rank, bias is not None, dtype=tensor.dtype)
+    layer.assign(*decompose(weight).factors(weight, rank), bias)
+    for part, value in layer.state_dict().items():
+        yield f"{name}.{part}", value
+
+
+def by_layer(reader: Reader) -> list[list[str]]:
+    """The keys of the files, those of a layer together, in order."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for key in sorted(reader.files):
+        layer, within = place_of(key)
+        # embeddings, head and final norm are each alone
+        groups.setdefault((layer, "") if within != key else (-1, key), []).append(key)
+    return [groups[place] for place in sorted(groups)]
+
+
+def commit(folder: Path, write_into, final: Path) -> Any:
+    """Call `write_into` with a temporary folder beside `final`, which gets that name when it is whole."""
+    from lowrank_cli.train import checkpoint
+
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    try:
+        temporary.mkdir()
+        result = write_into(temporary)
+        checkpoint.commit(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return result
+
+
+def element_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one element."""
+    return dtype.itemsize

@@ -1,0 +1,241 @@
+"""The singular values of every linear of a model, and of the mean gradient on text: files and pictures.
+
+Weights are read one after the other, from the safetensors files where the model has them under its own names, so that
+a model much larger than memory can be read. Values are cached by the content of the weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowrank_cli import console
+from lowrank_cli.compress import files
+from lowrank_cli.compress.decomposition import find_targets
+from lowrank_cli.compress.progress import progress
+from lowrank_cli.compress.text import text_of_run, windows
+from lowrank_cli.config import DataConfig, RunConfig
+from lowrank_cli.data.cache import cached_folder
+from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.models import load as models
+from lowrank_cli.models.lowrank_linear import shape_of, weight_of
+from lowrank_cli.models.source import Source, locate
+from lowrank_cli.models.targets import select
+from lowrank_cli.run import RunDir, write_json
+from lowrank_cli.svd.spectrum import effective_rank, singular_values
+
+# changes when the same weight would give other values
+METHOD = "eigenvalues of the Gram matrix in float64"
+
+
+class Reader:
+    """The weights of a model's linears by name, (out, in) each, read when asked for.
+
+    Args:
+        source: where the model is.
+        config: the run's settings.
+    """
+
+    def __init__(self, source: Source, config: RunConfig):
+        self.config = config
+        self.model: nn.Module | None = None
+        self.files = self.index(source)
+        if self.files:
+            self.skeleton = models.meta(models.config_of(config.model, offline=config.common.offline))
+            linears = select(self.skeleton, None)
+            if all(f"{name}.weight" in self.files for name in linears):
+                self.shapes = {name: shape_of(module) for name, module in linears.items()}
+                self.transposed = {name for name, m in linears.items() if not hasattr(m, "out_features")}
+                return
+        self.load()
+
+    def load(self) -> nn.Module:
+        """The whole model, for what the files cannot give."""
+        if self.model is None:
+            config = self.config
+            device = models.device_of(config.common.device)
+            self.model = models.load(
+                config.model,
+                config=None,
+                dtype=models.dtype_of(config.model.dtype, device),
+                device=device,
+                seed=config.common.seed,
+                offline=config.common.offline,
+            ).eval()
+            self.files = {}
+            self.linears = find_targets(self.model).linears
+            self.shapes = {name: shape_of(module) for name, module in self.linears.items()}
+        return self.model
+
+    @staticmethod
+    def index(source: Source) -> dict[str, Path]:
+        """The safetensors file of each tensor; empty if there are none."""
+        if source.gguf or source.adapter or not source.is_local:
+            return {}
+        found = {}
+        for path in sorted(Path(source.location).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self.files:
+            return weight_of(self.linears[name]).detach()
+        with safe_open(self.files[f"{name}.weight"], "pt") as file:
+            weight = file.get_tensor(f"{name}.weight")
+        weight = weight.mT if name in self.transposed else weight
+        if tuple(weight.shape) != self.shapes[name]:
+            raise UsageError(
+                f"{name}.weight is {' x '.join(map(str, weight.shape))} in the file, and the configuration says "
+                f"{' x '.join(map(str, self.shapes[name]))}",
+                "its weights and its config.json are not of the same model",
+            )
+        return weight
+
+
+def cached_values(name: str, weight: Tensor) -> Tensor:
+    """The singular values of a weight, out of the cache if this very weight has been decomposed before.
+
+    Raises:
+        UsageError: the weight holds a value that is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise UsageError(
+            f"{name}.weight holds a value that is not finite", "the model is broken: load a sound copy of it"
+        )
+    digest = hashlib.sha256(f"{METHOD} {tuple(weight.shape)} {weight.dtype}".encode())
+    digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+
+    def make(folder: Path) -> None:
+        save_file({"values": singular_values(weight).cpu()}, folder / "values.safetensors")
+
+    return load_file(cached_folder("spectra", digest.hexdigest()[:32], make) / "values.safetensors")["values"]
+
+
+@dataclass
+class Dump:
+    """What a dump needs, checked, before anything is written."""
+
+    config: RunConfig
+    reader: Reader
+    text: list[Tensor]
+
+
+def prepare(config: RunConfig) -> Dump:
+    """Find the weights and the text; whatever is wrong with them shows here."""
+    console.quiet_libraries()
+    source = locate(config.model, offline=config.common.offline)
+    reader = Reader(source, config)
+    return Dump(config, reader, text_windows(config, reader, source))
+
+
+def run(dump: Dump, folder: RunDir) -> dict[str, Any]:
+    """Write a model's spectra into a run folder.
+
+    Returns:
+        Where the files are, and the mean effective rank.
+    """
+    config, reader, values = dump.config, dump.reader, {}
+    with progress("singular values", len(reader.shapes)) as advance:
+        for name in reader.shapes:
+            values[name] = cached_values(name, reader[name])
+            advance()
+    result = {"run": str(folder.path), "linears": len(values)}
+    result |= write(folder, "singular_values", values, reader.shapes, "weights", config.spectra.plots)
+    if config.spectra.published:
+        files.write_published(folder.path / files.PUBLISHED, values)
+        result["published"] = str(folder.path / files.PUBLISHED)
+    if dump.text:
+        gradients = {name: singular_values(g).cpu() for name, g in mean_gradients(reader.load(), dump.text)}
+        result |= write(
+            folder, "gradient_singular_values", gradients, reader.shapes, "gradients", config.spectra.plots
+        )
+        result["gradient_windows"] = sum(ids.shape[0] for ids in dump.text)
+    write_json(folder.path / "result.json", result)
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result as a few lines for people."""
+    lines = [f"{result['linears']} linears, mean effective rank "
+             f"{100 * result['mean_effective_rank_share_of_weights']:.0f} % of the full one"]  # fmt: skip
+    if "gradients" in result:
+        share = result["mean_effective_rank_share_of_gradients"]
+        lines.append(f"gradients over {result['gradient_windows']} windows: {100 * share:.0f} %")
+    return "\n".join([*lines, f"files and plots: {result['run']}"])
+
+
+def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tensor]:
+    """The text whose gradients are wanted; none without --gradients."""
+    if not config.spectra.gradients:
+        return []
+    from lowrank_cli.compress.pipeline import tokenizer_for
+
+    offline = config.common.offline
+    own = None if config.spectra.dataset else text_of_run(source.location)
+    text = own or DataConfig(**({"dataset": config.spectra.dataset} if config.spectra.dataset else {}))
+    tokenizer = tokenizer_for(source, reader.load(), offline, needed=True)
+    return windows(
+        text, "train", tokenizer, length=config.spectra.max_length, count=config.spectra.gradients, offline=offline,
+        flag="--dataset",
+    )  # fmt: skip
+
+
+def mean_gradients(model: nn.Module, text: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The gradient of the mean loss over all windows, of each linear, (out, in)."""
+    linears = find_targets(model).linears
+    asked = [p for p in model.parameters() if p.requires_grad]
+    wanted = {module.weight for module in linears.values()}
+    for p in asked:
+        p.requires_grad_(p in wanted)
+    device = next(model.parameters()).device
+    targets = sum(ids[:, 1:].numel() for ids in text)
+    try:
+        with progress("gradients", len(text)) as advance:
+            for ids in text:
+                ids = ids.to(device)
+                embedded = model.get_input_embeddings()(ids).detach()
+                logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+                (F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum") / targets).backward()
+                advance()
+        for name, module in linears.items():
+            if module.weight.grad is None or not bool(torch.isfinite(module.weight.grad).all()):
+                raise MissingError(f"{name} got no finite gradient on this text", "use --dtype float32")
+            grad = module.weight.grad
+            yield name, grad if hasattr(module, "out_features") else grad.mT
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+            p.grad = None
+
+
+def write(
+    folder: RunDir, stem: str, values: dict[str, Tensor], shapes: dict[str, tuple[int, int]], what: str, plots: bool
+) -> dict[str, Any]:
+    """The files and pictures of one set of values."""
+    files.write_spectra(folder.path, values, shapes, stem)
+    shares = {name: effective_rank(v) / v.numel() for name, v in values.items()}
+    if plots:
+        from lowrank_cli.compress import pictures
+
+        folder.plots.mkdir(exist_ok=True)
+        pictures.curves(folder.plots / f"{stem}.png", values, title=f"Normalised singular values of the {what}")
+        pictures.heat_map(
+            folder.plots / f"effective_rank{'' if what == 'weights' else '_gradients'}.png",
+            shares,
+            title=f"Effective rank of the {what}",
+            label="effective rank / full rank",
+        )
+    return {
+        f"{what}": str(folder.path / f"{stem}.safetensors"),
+        f"mean_effective_rank_share_of_{what}": sum(shares.values()) / len(shares),
+    }

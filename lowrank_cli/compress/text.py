@@ -1,0 +1,57 @@
+"""The text that a compression is calibrated on and measured with, as windows of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_cli.config import DataConfig
+from lowrank_cli.data.documents import open_source
+from lowrank_cli.data.rows import Encoder, RowReader
+from lowrank_cli.errors import UsageError
+
+# sequences in a forward pass
+BATCH = 4
+
+
+def text_of_run(location: str) -> DataConfig | None:
+    """The text that a run was trained on, if the weights are in a run folder that is still whole."""
+    from lowrank_cli.config import read_yaml
+
+    for folder in (Path(location).parent, Path(location).parent.parent):
+        if (folder / "run.json").is_file() and (folder / "config.yaml").is_file():
+            settings = read_yaml(folder / "config.yaml")
+            keys = ("dataset", "dataset_config", "validation_dataset", "text_field")
+            found = {key: settings[key] for key in keys if settings.get(key) is not None}
+            return DataConfig(**found) if settings.get("command") == "pretrain" else None
+    return None
+
+
+def windows(
+    text: DataConfig, part: str, tokenizer, *, length: int, count: int, offline: bool, flag: str
+) -> list[Tensor]:
+    """Full windows of a text's tokens, documents joined as in packed training, in batches.
+
+    Args:
+        text: the dataset. Of a single file all is read, whatever the part.
+        part: "train" or "validation".
+        tokenizer: the model's.
+        length: T, tokens in a window.
+        count: the most windows.
+        offline: never touch the network.
+        flag: that named the text, for messages.
+    Returns:
+        (B, T) int64 each, together at most `count` rows.
+    Raises:
+        UsageError: the text is shorter than one window.
+        MissingError: it is not there.
+    """
+    if Path(text.dataset).is_file():
+        text, part = DataConfig(dataset=text.dataset, validation_dataset=text.dataset), "validation"
+    reader = RowReader(open_source(text, part, offline=offline), Encoder(tokenizer, "packed", length), length)
+    rows = [torch.from_numpy(row).long() for _, row in zip(range(count), reader, strict=False)]
+    if not rows:
+        raise UsageError(f"{text.dataset} is shorter than one window of {length} tokens", f"give {flag} a longer text")
+    return [torch.stack(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]

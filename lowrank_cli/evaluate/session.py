@@ -1,0 +1,104 @@
+"""An evaluation from its settings to its files: every task is looked up and read before the model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowrank_cli import console
+from lowrank_cli.config import RunConfig
+from lowrank_cli.errors import UsageError
+
+PPL = "ppl"
+MT_BENCH = "mt-bench"
+
+
+def names_of(text: str | None) -> list[str]:
+    """The tasks that were typed, each once; raises UsageError if there are none."""
+    names = list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    if not names:
+        raise UsageError("no task to evaluate", "type: lowrank eval mmlu, or lowrank eval ppl, or both: mmlu,ppl")
+    return names
+
+
+def is_offline(config: RunConfig) -> bool:
+    """Whether the network must not be touched: --offline, or the variables of Hugging Face's libraries."""
+    switched = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+    return config.common.offline or any(value in ("1", "TRUE", "YES", "ON") for value in switched)
+
+
+def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Path]]:
+    """The results of the tasks, each written as soon as it is there.
+
+    Args:
+        config: of the command eval.
+        out: the folder for results; the model's run unless given.
+    Yields:
+        A result, and the file that it was written to.
+    """
+    settings, offline = config.harness, is_offline(config)
+    if offline:
+        # before the libraries are imported, which read them once
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    console.quiet_libraries()
+    from lowrank_cli.evaluate import harness, mt_bench, tasks, text_perplexity
+    from lowrank_cli.evaluate.subject import open_subject, result_folder
+
+    names = names_of(settings.tasks)
+    batch_size = harness.batch_size_of(settings.batch_size)
+    plain = [name for name in names if name not in (PPL, MT_BENCH)]
+    loaded = {
+        part.name: part
+        for part in tasks.load(plain, settings.data_dir, offline=offline, num_fewshot=settings.num_fewshot)
+    }
+    text = text_perplexity.read_text(settings, offline=offline) if PPL in names else None
+    questions = mt_bench.read_questions(settings.questions, settings.limit) if MT_BENCH in names else []
+    subject = open_subject(
+        config.model,
+        device=config.common.device,
+        offline=offline,
+        memory_budget=settings.memory_budget,
+        seed=config.common.seed,
+    )
+    folder, suffix = result_folder(subject, out)
+    for name in names:
+        if name == MT_BENCH:
+            model_id = f"{folder.name}{suffix}"
+            place = folder / "eval" / MT_BENCH / "model_answer" / f"{model_id}.jsonl"
+            written = mt_bench.write_answers(
+                subject,
+                questions,
+                place,
+                max_new_tokens=settings.max_new_tokens,
+                seed=config.common.seed,
+                model_id=model_id,
+                template=settings.template,
+            )
+            yield {"task": name, "num_questions": len(questions), "written_now": written, "answers": str(place)}, place
+            continue
+        if name == PPL:
+            result = text_perplexity.evaluate(subject, text, settings, batch_size)
+            result = {"task": PPL, **result, **harness.circumstances(subject)}
+            answers, stem = [], text_perplexity.name_of(settings, result["window"])
+        else:
+            result, answers = harness.evaluate(subject, loaded[name], settings)
+            stem = harness.name_of(loaded[name], settings)
+        path = harness.save(result, answers, folder, stem + suffix, samples=settings.samples)
+        console.note(f"{name}: {path}")
+        yield result, path
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """What would be evaluated, without loading the model: questions of each task, and the model's place."""
+    settings, offline = config.harness, is_offline(config)
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from lowrank_cli.evaluate import harness, tasks
+    from lowrank_cli.models.source import locate
+
+    names = [name for name in names_of(settings.tasks) if name not in (PPL, MT_BENCH)]
+    loaded = tasks.load(names, settings.data_dir, offline=offline, num_fewshot=settings.num_fewshot)
+    counts = {part.name: harness.questions_in(part, settings.limit) for part in loaded}
+    return {"model": locate(config.model, offline=offline).name, **counts}

@@ -1,0 +1,193 @@
+"""The model that is evaluated: where it is, whether it fits, what identifies it, and the run that it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_cli import console
+from lowrank_cli.config import SourceConfig, parse_bytes
+from lowrank_cli.data.tokenizer import named_tokenizer
+from lowrank_cli.errors import MissingError, PreflightError
+from lowrank_cli.evaluate.scoring import free_bytes
+from lowrank_cli.models import load
+from lowrank_cli.models.source import Source, locate
+from lowrank_cli.run import RUNS
+
+# the names that Transformers and PEFT give weights; optimizers' states have others
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on its device, in eval mode, with its tokenizer.
+
+    Attributes:
+        model: causal language model.
+        tokenizer: the model's own.
+        source: where both are from.
+        digest: of the weights' files, or a hub id's commit.
+        load_s: seconds that loading took.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    digest: str
+    load_s: float
+
+    def about(self) -> dict[str, Any]:
+        """For a result's JSON."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return {
+            "source": self.source.name, "sha256": self.digest, "architecture": self.model.config.model_type,
+            "parameters": parameters, "weights_bytes": weights, "dtype": str(self.model.dtype).removeprefix("torch."),
+            "vocabulary": len(self.tokenizer), "load_s": round(self.load_s, 3),
+        }  # fmt: skip
+
+
+def open_subject(
+    config: SourceConfig, *, device: str, offline: bool, memory_budget: str | None = None, seed: int = 0
+) -> Subject:
+    """Load a model for evaluation.
+
+    Args:
+        config: which, and in what dtype.
+        device: cpu, cuda, cuda:1 or auto.
+        offline: never touch the network.
+        memory_budget: such as "24GB"; what is free on the device unless given.
+        seed: for the loader; nothing is drawn when weights are complete.
+    Raises:
+        MissingError: no such model, or it has no tokenizer.
+        PreflightError: its weights do not fit.
+        UsageError: it cannot be loaded, or its tokenizer has neither a bos nor an eos token.
+    """
+    start = time.perf_counter()
+    source = locate(config, offline=offline)
+    place = load.device_of(device)
+    dtype = load.dtype_of(config.dtype, place)
+    check_fits(source, dtype, place, memory_budget)
+    tokenizer = tokenizer_for(config, source, offline=offline)
+    model = load.load(config, config=None, dtype=dtype, device=place, seed=seed, offline=offline).eval()
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings * load.PADDED_VOCABULARY:
+        load.check_vocabulary(model, tokenizer)
+    console.note(f"model {source.name}: {console.human_count(model.num_parameters())} parameters, {dtype}, {place}")
+    return Subject(model, tokenizer, source, digest(source), time.perf_counter() - start)
+
+
+def check_fits(source: Source, dtype: torch.dtype, device: torch.device, budget: str | None) -> None:
+    """Raise PreflightError if the files of the weights, in the given dtype, are larger than the memory for them."""
+    files = weight_files(source)
+    if not files:
+        return
+    # of files in another dtype the size says little: the tensors are counted where that is cheap
+    needed = sum(_bytes_in(path, dtype) for path in files)
+    room = parse_bytes(budget) if budget else free_bytes(device)
+    if needed > room:
+        where = f"--memory-budget {budget}" if budget else f"{console.human_bytes(room)} that is free on {device}"
+        ways = "--dtype bfloat16 halves it; " if dtype == torch.float32 else ""
+        raise PreflightError(
+            f"the weights of {source.name} need {console.human_bytes(needed)} in {str(dtype).removeprefix('torch.')}, "
+            f"more than the {where}" if not budget else
+            f"the weights of {source.name} need {console.human_bytes(needed)}, more than {where}",
+            f"{ways}lowrank compress makes a smaller model; or take another --device",
+        )  # fmt: skip
+
+
+def _bytes_in(path: Path, dtype: torch.dtype) -> int:
+    if path.suffix != ".safetensors":
+        return path.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 not a dict
+    except SafetensorError:
+        # a damaged file: loading says so
+        return 0
+    return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
+
+
+def tokenizer_for(config: SourceConfig, source: Source, *, offline: bool) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer as lm-eval would load it; one that names no special token has them guessed."""
+    name = load.tokenizer_of(config)
+    if name is None:
+        raise MissingError(
+            f"{source.name} has no tokenizer", "put the tokenizer's files (tokenizer.json) into the model's folder"
+        )
+    if Path(name).is_dir() or not Path(name).exists():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline or Path(name).is_dir())
+        except (OSError, ValueError, ImportError):
+            tokenizer = None
+        named = tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+        if named and tokenizer.is_fast:
+            return _with_end(tokenizer)
+    return named_tokenizer(name, offline=offline)
+
+
+def _with_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if tokenizer.eos_token_id is None:
+        # lm-eval ends a generation at it
+        tokenizer.eos_token = tokenizer.bos_token
+    return tokenizer
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The files of the weights, the adapter's among them; none for a hub id that is not here yet."""
+    if source.gguf is not None:
+        files = [Path(source.location) / source.gguf]
+    else:
+        files = _weights_in(Path(source.location)) if source.is_local else []
+    return files if source.adapter is None else [*files, *_weights_in(Path(source.adapter))]
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    # where there are both, safetensors are loaded
+    found = (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)
+    return next((files for files in found if files), [])
+
+
+def digest(source: Source) -> str:
+    """The SHA-256 of the weights' files; for a hub id its commit in the cache of this machine."""
+    if not source.is_local:
+        from huggingface_hub import snapshot_download
+
+        return f"{source.location}@{Path(snapshot_download(source.location, local_files_only=True)).name}"
+    total = hashlib.sha256()
+    for path in weight_files(source):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def result_folder(subject: Subject, out: str | None) -> tuple[Path, str]:
+    """Where results go, and what is added to their names.
+
+    `out`; or the run that the model belongs to, with the checkpoint's name unless it is the final model; or a folder
+    under ./runs for this very model, the same one each time. `runs/latest` does not point there: it holds no model.
+    """
+    source = subject.source
+    place = Path(source.adapter or source.location)
+    part = f"@{place.name}" if place.parent.name == "checkpoints" else ""
+    if out is not None:
+        return Path(out), part
+    for folder in (place, *place.resolve().parents[:2]):
+        if (folder / "run.json").is_file():
+            return folder, part
+    name = f"eval-{Path(source.gguf).stem if source.gguf else place.name}-{digest_key(subject.digest)}"
+    earlier = sorted(RUNS.glob(f"*-{name}"))
+    return earlier[-1] if earlier else RUNS / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{name}", ""
+
+
+def digest_key(digest: str) -> str:
+    """Eight hexadecimal digits of a digest or a commit."""
+    return digest.rpartition("@")[2][:8]

@@ -1,0 +1,146 @@
+"""From the names that a user types to lm-eval's task objects: local files, lm-eval's own tasks, nearest names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+
+from lowrank_cli import console
+from lowrank_cli.data.cache import cached_folder, fingerprint
+from lowrank_cli.errors import LowrankError, MissingError, UsageError
+from lowrank_cli.evaluate import local_tasks
+from lowrank_cli.evaluate.silence import quiet
+from lowrank_cli.evaluate.suites import DEFAULT_SHOTS, SUITES, is_mmlu
+
+# what lm-eval's tasks are on the hub, for the way out where there is no network
+HUB_IDS = {
+    "mmlu": "cais/mmlu", "boolq": "aps/super_glue", "gsm8k": "openai/gsm8k", "commonsense_qa": "tau/commonsense_qa",
+    "wikitext": "EleutherAI/wikitext_document_level", "math500": "HuggingFaceH4/MATH-500",
+    "strategyqa": "hails/bigbench", "bigbench_date": "hails/bigbench", "object_tracking": "hails/bigbench",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One name with its tasks.
+
+    Attributes:
+        name: as typed.
+        task: lm-eval's name.
+        content: what `TaskManager.load` gave: tasks and groups by name.
+        manager: that loaded it.
+        data: the local files with sizes and times; empty for a set of the hub.
+    """
+
+    name: str
+    task: str
+    content: dict[str, Any]
+    manager: TaskManager
+    data: list[list[Any]]
+
+    @property
+    def roots(self) -> list[Any]:
+        """The groups that are in no other, or the tasks, where there are no groups."""
+        groups = self.content.get("groups", {})
+        inner = {child for children in self.content.get("group_map", {}).values() for child in children}
+        return [group for name, group in groups.items() if name not in inner] or [*self.content["tasks"].values()]
+
+
+def load(names: list[str], data_dir: str | None, *, offline: bool, num_fewshot: int | None) -> list[Loaded]:
+    """The tasks of these names, with their data, in the order given.
+
+    Args:
+        names: suites, or any task, group or tag of lm-eval.
+        data_dir: a folder with published files; sets that it holds are taken from there.
+        offline: never touch the network.
+        num_fewshot: examples in each prompt; None for the task's own number, 5 for MMLU.
+    Raises:
+        UsageError: an unknown name, or a broken record.
+        MissingError: data that is not there, or not without a network.
+    """
+    folder, local = (None, {})
+    if data_dir is not None:
+        folder, local = local_tasks.write(names, Path(data_dir).expanduser())
+    own = TaskManager(include_defaults=False, include_path=str(folder)) if local else None
+    for name in names:
+        if name in local:
+            if local[name] not in own.all_tasks:
+                raise unknown_task(name, own.all_tasks)
+        elif name in local_tasks.OWN:
+            raise MissingError(
+                f"{name} is read from its published file, {SUITES[name].files['test'][0]}"
+                + (f", and {data_dir} does not have it" if data_dir else ""),
+                "give the folder that holds it: --data-dir FOLDER",
+            )
+        elif task_of(name) not in (known := all_names()):
+            raise unknown_task(name, known)
+    every = TaskManager() if any(name not in local for name in names) else None
+    loaded = []
+    for name in names:
+        manager = own if name in local else every
+        task = local.get(name) or task_of(name)
+        if name in SUITES and SUITES[name].note and name in local:
+            console.note(f"{name}: {SUITES[name].note}")
+        content = _content(manager, name, task, data_dir, offline)
+        shots = DEFAULT_SHOTS.get("mmlu") if num_fewshot is None and is_mmlu(name) else num_fewshot
+        for part in content["tasks"].values():
+            # lm-eval's rule: a task that fixes 0 keeps it
+            if shots is not None and part.get_config("num_fewshot") != 0:
+                part.set_config("num_fewshot", shots)
+            elif part.get_config("num_fewshot") is None:
+                part.set_config("num_fewshot", 0)
+        data = local_tasks.state_of(folder) if name in local else []
+        loaded.append(Loaded(name, task, content, manager, data))
+    return loaded
+
+
+def task_of(name: str) -> str:
+    """lm-eval's name of a suite; other names are lm-eval's own."""
+    return SUITES[name].task if name in SUITES and SUITES[name].task else name
+
+
+def all_names() -> set[str]:
+    """Every name of lm-eval's; read from all of its files once for each version."""
+
+    def make(folder: Path) -> None:
+        (folder / "names.json").write_text(json.dumps(TaskManager().all_tasks), encoding="utf-8")
+
+    folder = cached_folder("eval-names", fingerprint(metadata.version("lm_eval")), make)
+    return set(json.loads((folder / "names.json").read_text(encoding="utf-8")))
+
+
+def unknown_task(name: str, known) -> UsageError:
+    """The error for a name that nobody knows, with those that it may have meant."""
+    near = get_close_matches(name, [*SUITES, "mmlu", "ppl", "mt-bench"], n=2, cutoff=0.6)
+    near += [n for n in get_close_matches(name, sorted(known), n=4, cutoff=0.6) if n not in near]
+    start = f"did you mean {' or '.join(near[:4])}? " if near else ""
+    return UsageError(
+        f"unknown task '{name}'",
+        f"{start}here: mmlu, ppl, mt-bench, {', '.join(sorted(SUITES))}, and every task of lm-eval by its own name",
+    )
+
+
+def _content(manager: TaskManager, name: str, task: str, data_dir: str | None, offline: bool) -> dict[str, Any]:
+    try:
+        with quiet():
+            return manager.load([task])
+    except LowrankError:
+        raise
+    except ImportError as error:
+        raise MissingError(f"{name} needs a package: {error}", f"pip install {error.name or 'it'}") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        hub = HUB_IDS.get(name) or ("cais/mmlu" if is_mmlu(name) else "its data set")
+        where = f"{data_dir} has no files of {name}, and " if data_dir else ""
+        missing = "the hub is not asked offline" if offline else f"the hub did not give it: {reason}"
+        raise MissingError(
+            f"{where}no data for {name}: {missing}",
+            f"give its published files with --data-dir FOLDER, or fetch {hub} once with a network: "
+            f"lowrank eval {name} --limit 1",
+        ) from None

@@ -1,0 +1,91 @@
+"""LoRA, through the PEFT library: a low-rank update beside every frozen linear.
+
+    y = W0 x + alpha / r * B (A x),   A: r x n drawn as Kaiming-uniform, B: m x r zero
+
+Only A and B train. Hu et al., arXiv:2106.09685. The layer is PEFT's; what this file adds is the choice of targets,
+the optimizer's groups and the files. A and B are ordinary linears, so GaLore and VeLoRA act on them like on any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_cli.config import option
+from lowrank_cli.methods.base import Method
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+TARGETS = (
+    "linears to adapt: all-linear (of the layers, never the head), or comma-separated parts of names such as "
+    "q_proj,v_proj"
+)
+
+
+class LoRA(Method):
+    title = "LoRA"
+    paper = "https://arxiv.org/abs/2106.09685"
+    summary = "a trainable low-rank update beside frozen weights (arXiv:2106.09685)"
+    acts_on = frozenset({"weights"})
+    commands = frozenset({"finetune"})
+    adapter = True
+    dora = False
+
+    @dataclass(frozen=True)
+    class Config:
+        rank: int = option(8, "rank of the update", min=1)
+        alpha: float = option(16.0, "the update is scaled by alpha / rank", above=0)
+        dropout: float = option(0.0, "dropout on the adapter's input", min=0, below=1)
+        target_modules: str = option("all-linear", TARGETS)
+        rslora: bool = option(False, "scale by alpha / sqrt(rank) instead (arXiv:2312.03732)")
+
+    def wrap(self, model: nn.Module) -> None:
+        from lowrank_cli.models import adapters
+
+        adapters.inject(model, self.peft_config(model))
+
+    def peft_config(self, model: nn.Module):
+        """PEFT's configuration of this adapter for a model."""
+        from peft import LoraConfig
+
+        from lowrank_cli.models.targets import named_targets
+
+        return LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            use_rslora=self.config.rslora,
+            use_dora=self.dora,
+            target_modules=named_targets(model, self.config.target_modules),
+            fan_in_fan_out=_is_transposed(model),
+        )
+
+    def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
+        tagged = []
+        for group in groups:
+            own = [(name, p) for name, p in group["params"] if ".lora_" in name]
+            rest = [(name, p) for name, p in group["params"] if ".lora_" not in name]
+            # "full" is what methods on gradients and activations look for: they may still take A and B
+            tagged += [{**group, "params": own, "adapter": self.name}] if own else []
+            tagged += [{**group, "params": rest, "why": "the head of the task"}] if rest else []
+        return tagged
+
+    def merge(self, model: nn.Module) -> None:
+        from lowrank_cli.models import adapters
+
+        adapters.merge(model)
+
+    def save_adapter(self, model: nn.Module, folder: Path, base: str) -> None:
+        from lowrank_cli.models import adapters
+
+        adapters.save(model, folder, model.peft_config[adapters.NAME], base)
+
+
+def _is_transposed(model: nn.Module) -> bool:
+    """Whether the model's linears are GPT-2's Conv1D, whose weights are transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())

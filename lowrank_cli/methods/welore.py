@@ -1,0 +1,175 @@
+"""WeLore: weights whose singular values fall off fast become low-rank components, and only those are trained on.
+
+A weight's singular values are normalised to (s - min) / (max - min), and one threshold over all weights says how many
+each keeps. A weight that loses more than `min_ratio` of them is a low-rank component (LRC): W = A B with r columns,
+which is compressed well and, fine-tuned, learns most of what training everything would. The others (N-LRC) stay dense
+and frozen. Jaiswal et al., arXiv:2407.11239.
+
+`lowrank compress` decomposes a model; `lowrank finetune` trains A and B of one that was. Beyond the paper: ranks for a
+budget of parameters, and factors weighted by what an error costs on text (`svd/spectrum.py`), without which a small
+dense model does not survive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_cli.config import option
+from lowrank_cli.errors import UsageError
+from lowrank_cli.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowrank_cli.config import RunConfig
+    from lowrank_cli.svd.rank_selection import Ranks, Spectra
+
+# kept of the linears' parameters where neither a rank nor a budget is given
+DEFAULT_BUDGET = 0.8
+
+
+class WeLore(Method):
+    title = "WeLore"
+    paper = "https://arxiv.org/abs/2407.11239"
+    summary = "weights with few large singular values become low-rank factors; fine-tuning trains only those"
+    acts_on = frozenset({"weights"})
+    commands = frozenset({"compress", "finetune"})
+    defaults = {"lr": 5e-5}
+
+    @dataclass(frozen=True)
+    class Config:
+        rank: float | None = option(
+            None, "percent of all singular values to cut: the paper's effective rank reduction", above=0, below=100
+        )
+        param_budget: float | None = option(
+            None, "share of the linears' parameters to keep, instead of a rank; 0.8 without either", above=0, max=1
+        )
+        allocation: str | None = option(
+            None,
+            "which values go: welore as in the paper (default for a rank), budget: the least weighted error per "
+            "parameter (default for a budget), uniform, energy",
+            choices=("welore", "budget", "uniform", "energy"),
+        )
+        min_ratio: float = option(
+            0.5,
+            "a weight that loses a smaller share of its values stays dense; the authors' code has 0",
+            min=0,
+            below=1,
+        )
+        calibrate: str | None = option(
+            None, "text that errors are weighted by, as --dataset; the run's own text if the model is a run's"
+        )
+        samples: int = option(128, "windows of that text", min=1)
+        weighting: str | None = option(
+            None,
+            "of errors: none, input (whitening), two-sided (Kronecker-factored Fisher, where there is text)",
+            choices=("none", "input", "two-sided"),
+        )
+        damping: float = option(1e-3, "share of a moment's mean eigenvalue added to its diagonal", above=0)
+        pifa: bool = option(False, "store r rows and the others' coordinates: fewer parameters for the same weight")
+        paper: bool = option(
+            False, "the paper's rule to the letter: its grid of thresholds, also where a weight grows by it"
+        )
+        train_norms: bool = option(False, "finetune: train the norms as well, as the authors' code does")
+
+    def check(self, run: RunConfig) -> None:
+        config = self.config
+        if config.rank is not None and config.param_budget is not None:
+            raise UsageError("--welore-rank and --welore-param-budget both say how much to cut", "drop one of them")
+        if config.paper:
+            for flag, wrong in (
+                ("--welore-param-budget", config.param_budget is not None),
+                ("--welore-pifa", config.pifa),
+                (f"--welore-allocation {config.allocation}", config.allocation not in (None, "welore")),
+            ):
+                if wrong:
+                    raise UsageError(f"{flag} is not in the paper", "drop it, or drop --welore-paper")
+            if config.rank is None and run.command == "compress":
+                raise UsageError("--welore-paper needs a rank reduction", "add --welore-rank 50")
+        if config.weighting == "none" and config.calibrate is not None:
+            raise UsageError(
+                "--welore-weighting none uses no text, and --welore-calibrate gives one", "drop one of them"
+            )
+
+    @property
+    def allocation(self) -> str:
+        """The rule that chooses the ranks."""
+        return self.config.allocation or ("welore" if self.config.rank is not None else "budget")
+
+    @property
+    def target(self) -> str:
+        """What is to be reached, for people."""
+        if self.config.rank is not None:
+            return f"{self.config.rank:g} % of the singular values cut"
+        return f"{100 * self.budget:g} % of the linears' parameters kept"
+
+    @property
+    def budget(self) -> float:
+        """Share of the linears' parameters to keep, where no rank is given."""
+        return self.config.param_budget if self.config.param_budget is not None else DEFAULT_BUDGET
+
+    def ranks(self, plain: Spectra, weighted: Spectra) -> Ranks:
+        """The rank of every weight; None leaves it dense.
+
+        Args:
+            plain: the weights' own singular values, which the paper's rule reads.
+            weighted: those of the weighted matrices, whose squares are errors.
+        """
+        from lowrank_cli.svd import rank_selection as select
+
+        config = self.config
+        if config.rank is None:
+            share = self.budget
+            return {
+                "welore": lambda: select.welore_for_parameters(plain, share, min_ratio=config.min_ratio),
+                "budget": lambda: select.cheapest(weighted, share),
+                "uniform": lambda: select.uniform_for_parameters(plain, share),
+                "energy": lambda: select.energy(weighted, 1 - share, lambda r: 1 - weighted.parameter_share(r)),
+            }[self.allocation]()
+        target = config.rank / 100
+        return {
+            "welore": lambda: select.welore(plain, target, min_ratio=config.min_ratio, paper=config.paper),
+            "budget": lambda: select.cheapest(weighted, 1 - target, unit="rank"),
+            "uniform": lambda: select.uniform(plain, target),
+            "energy": lambda: select.energy(weighted, target, weighted.rank_reduction),
+        }[self.allocation]()
+
+    def wrap(self, model: nn.Module) -> None:
+        from lowrank_cli.models.lowrank_linear import low_rank_linears
+
+        found = low_rank_linears(model)
+        if not found:
+            raise UsageError(
+                "this model has no low-rank components to train",
+                "compress it first (lowrank compress --welore-rank 50) and give its folder with --model",
+            )
+        trained = {p for module in found.values() for p in module.parameters()}
+        for name, p in model.named_parameters():
+            p.requires_grad_(p in trained or (self.config.train_norms and is_norm(name)))
+
+    def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
+        from lowrank_cli.models.lowrank_linear import low_rank_linears
+
+        found = low_rank_linears(model)
+        owner = {f"{name}.{part}": module for name, module in found.items() for part, _ in module.named_parameters()}
+        tagged = []
+        for group in groups:
+            own = [(n, p) for n, p in group["params"] if n in owner]
+            rest = [(n, p) for n, p in group["params"] if n not in owner]
+            by_rank: dict[int, list] = {}
+            for name, p in own:
+                by_rank.setdefault(owner[name].rank, []).append((name, p))
+            tagged += [
+                # `rank` would tell an optimizer to project
+                group | {"params": params, "role": "welore", "why": f"low-rank component of rank {rank}"}
+                for rank, params in sorted(by_rank.items())
+            ]
+            if rest:
+                tagged.append(group | {"params": rest})
+        return tagged
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter's name is that of a normalisation layer's."""
+    return "norm" in name or ".ln_" in name or name.rpartition(".")[0].endswith(("ln_f", "ln"))

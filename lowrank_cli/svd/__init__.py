@@ -1,0 +1,1 @@
+"""Singular values of a model's linears, and how many of their directions to keep."""

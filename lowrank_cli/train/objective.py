@@ -1,0 +1,94 @@
+"""What a run minimises and is judged by: next tokens, classes or a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_cli.evaluate.perplexity import perplexity
+from lowrank_cli.evaluate.supervised import evaluate as supervised
+from lowrank_cli.models.forward import causal_lm_loss
+
+Batch = dict[str, Tensor]
+
+
+class Causal:
+    """Next-token cross-entropy over the tokens that have a label."""
+
+    causal = True
+
+    def __init__(self, data: Any = None):
+        # running text has no metric of its own
+        self.best: tuple[str, bool] = getattr(data, "best", ("loss", False))
+
+    def targets(self, batches: list[Batch]) -> int:
+        """What the loss of an update is the mean over."""
+        return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+
+    def tokens(self, batches: list[Batch]) -> int:
+        """Tokens that an update has seen."""
+        return sum(_tokens(batch) for batch in batches)
+
+    def loss(self, model: nn.Module, batch: Batch, targets: int) -> Tensor:
+        """This micro-batch's share of the mean, a float32 scalar."""
+        return causal_lm_loss(model, batch, targets)
+
+    def evaluate(self, model: nn.Module, data: Any, between: Callable[[], None]) -> dict[str, float]:
+        """What the validation batches give: loss in nats a token, perplexity and tokens; the metrics of a task."""
+        if hasattr(data, "kind"):
+            return supervised(model, data, between)
+        result = perplexity(model, data.validation(), between=between)
+        return {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
+
+
+class Classification(Causal):
+    """Cross-entropy over classes, or the squared error of one number; judged by the task's own metrics."""
+
+    causal = False
+
+    def __init__(self, data: Any):
+        super().__init__(data)
+        self.regression = data.kind == "regression"
+
+    def targets(self, batches: list[Batch]) -> int:
+        return sum(len(batch["labels"]) for batch in batches)
+
+    def loss(self, model: nn.Module, batch: Batch, targets: int) -> Tensor:
+        total = self._total(self._logits(model, batch), batch["labels"])
+        return total / targets
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+
+    def _total(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.regression:
+            return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def objective(data: Any) -> Causal:
+    """The objective for a run's data."""
+    return Classification(data) if getattr(data, "kind", "causal") != "causal" else Causal(data)
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def is_better(value: float, than: float | None, higher: bool) -> bool:
+    """Whether an evaluation is the best so far."""
+    return than is None or (value > than if higher else value < than)
+
+
+def mean_line(values: dict[str, float]) -> str:
+    """An evaluation as text: the task's metrics first, then perplexity or loss."""
+    metrics = {k: v for k, v in values.items() if k not in {"perplexity", "loss", "tokens"}}
+    parts = [f"{key} {value:.4f}" for key, value in metrics.items()]
+    if "perplexity" in values:
+        parts.append(f"perplexity {values['perplexity']:.2f}")
+    over = f" over {int(values['tokens']):,} tokens" if "tokens" in values else ""
+    return f"{'  '.join(parts)} (loss {values['loss']:.4f}{over})"

@@ -1,0 +1,153 @@
+"""Before the first step: data, model, methods and optimizer of a run, with whatever is wrong found here."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_cli import console, data, optim
+from lowrank_cli.config import RunConfig
+from lowrank_cli.errors import UsageError
+from lowrank_cli.models import load as models
+from lowrank_cli.models.source import locate
+from lowrank_cli.train import audit, plan
+from lowrank_cli.train.loop import Session
+from lowrank_cli.train.metrics import check_sinks
+from lowrank_cli.train.objective import objective
+from lowrank_cli.train.setup import adapter_of, apply_methods
+
+RUNNING_TEXT = "text"  # the task whose data is documents, not prompts and responses
+
+
+def prepare(config: RunConfig) -> Session:
+    """Data, model, methods and optimizer of a run, with the table of what is trained how.
+
+    Whatever is wrong with the configuration, the data or the model is found here, before a run folder is made.
+    """
+    console.quiet_libraries()
+    torch.manual_seed(config.common.seed)
+    random.seed(config.common.seed)
+    device = models.device_of(config.common.device)
+    dtype = models.dtype_of(config.model.dtype, device)
+    check_sinks(config.train.log)
+    plan.check(config)
+    supervised = config.task is not None and config.task.task != RUNNING_TEXT
+    batches, model, base = (labelled if supervised else running_text)(config, device, dtype)
+    parts, groups = apply_methods(config, model)
+    if config.task is not None:
+        check_task(config, adapter_of(parts) is not None)
+    targets = audit.targets(model, groups)
+    audit.show_targets(targets, config.method)
+    optimizer = optim.build(config.optim, groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    model.train()
+    return Session(
+        config=config,
+        data=batches,
+        model=model,
+        parts=parts,
+        optimizer=optimizer,
+        plan=plan.make(config, batches.train.updates_per_epoch, batches.kind if supervised else None),
+        device=device,
+        targets=targets,
+        objective=objective(batches),
+        base=base,
+    )
+
+
+def running_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module, str]:
+    """Documents as blocks of tokens, a causal language model, and where its weights came from."""
+    scratch = config.command == "pretrain" and config.model.continue_from is None
+    if scratch:
+        # whether the shape makes sense is known before the text is read
+        models.build_config(config.model, vocab_size=config.data.vocab_size, max_length=config.data.max_length)
+    packing = config.data.packing if config.command == "pretrain" else "packed"
+    batches = data.build(
+        replace(config.data, packing=packing),
+        batch_size=config.train.batch_size,
+        total_batch_size=plan.total_batch_size(config),
+        eval_tokens=config.eval.eval_tokens,
+        seed=config.common.seed,
+        offline=config.common.offline,
+        tokenizer_fallback=None if scratch else models.tokenizer_of(config.model),
+        status=console.note,
+    )
+    tokens = batches.tokenizer
+    architecture = (
+        models.build_config(
+            config.model,
+            vocab_size=len(tokens),
+            bos_token_id=tokens.bos_token_id,
+            eos_token_id=tokens.eos_token_id,
+            pad_token_id=tokens.pad_token_id,
+            max_length=config.data.max_length,
+        )
+        if scratch
+        else None
+    )
+    model = models.load(
+        config.model,
+        config=architecture,
+        dtype=dtype,
+        device=device,
+        seed=config.common.seed,
+        offline=config.common.offline,
+        quantize=config.task.quantize if config.task is not None else None,
+    )
+    models.check_vocabulary(model, tokens)
+    return batches, model, "" if scratch else locate(config.model, offline=config.common.offline).name
+
+
+def labelled(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module, str]:
+    """Records of a task as batches, the model with the head that the task needs, and where its weights came from."""
+    from lowrank_cli.data import supervised
+    from lowrank_cli.data.tokenizer import named_tokenizer
+
+    offline = config.common.offline
+    source = locate(config.model, offline=offline)
+    name = config.data.tokenizer or models.tokenizer_of(config.model)
+    if name is None:
+        raise UsageError(f"{source.name} brings no tokenizer", "name the one that it was trained with: --tokenizer")
+    tokenizer = named_tokenizer(name, offline=offline)
+    batches = supervised.build(
+        config.data,
+        config.task,
+        batch_size=config.train.batch_size,
+        total_batch_size=plan.total_batch_size(config),
+        eval_tokens=config.eval.eval_tokens,
+        seed=config.common.seed,
+        offline=offline,
+        tokenizer=tokenizer,
+        status=console.note,
+    )
+    head = None
+    if batches.kind != "causal":
+        head = models.Head(
+            tuple(batches.label_names), regression=batches.kind == "regression", pad_token_id=tokenizer.pad_token_id
+        )
+    model = models.load(
+        config.model,
+        config=None,
+        dtype=dtype,
+        device=device,
+        seed=config.common.seed,
+        offline=offline,
+        head=head,
+        quantize=config.task.quantize,
+    )
+    models.check_vocabulary(model, tokenizer)
+    return batches, model, source.name
+
+
+def check_task(config: RunConfig, adapter: bool) -> None:
+    """Raises UsageError for settings of adapters with a method that trains none."""
+    if config.task.quantize and not adapter:
+        raise UsageError(
+            f"--quantize {config.task.quantize} freezes the base in 4 bits, and {config.method} trains it",
+            "take a method that trains an adapter: --method lora",
+        )

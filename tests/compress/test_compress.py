@@ -1,0 +1,239 @@
+"""`lowrank compress` on a real model: what it writes, what it promises, what it refuses."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_cli.models.lowrank_linear import low_rank_linears
+from lowrank_cli.models.targets import select
+
+
+@pytest.fixture(scope="module")
+def stories(test_data) -> Path:
+    return test_data / "models" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def text(stories) -> Path:
+    return stories / "tinystories_sample.txt"
+
+
+@pytest.fixture
+def compress(lowrank, stories, text):
+    def call(*flags: object, code: int = 0, model: object = stories):
+        found, out, err = lowrank(
+            "compress", "--model", model, "--dataset", text, "--max-length", 128, "--eval-tokens", 500, *flags
+        )
+        assert found == code, err
+        return json.loads(out) if "--json" in flags and not code else out + err
+
+    return call
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 67).reshape(1, 64)).logits
+
+
+def mean_nll(folder: Path, text: Path) -> float:
+    """Of the first 128-token windows after <s>, by nothing of ours but the loading."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 512
+    ids = torch.tensor(tokenizer(text.read_text()).input_ids[:512]).reshape(-1, 128)
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_writes_a_model_that_plain_transformers_loads(compress, stories, text):
+    result = compress("--welore-param-budget", 0.7, "--welore-calibrate", text, "--out", "run", "--json")
+    loaded = AutoModelForCausalLM.from_pretrained("run/model")
+    ranks = {row["name"]: row for row in json.loads(Path("run/ranks.json").read_text())}
+    low = {name: module.rank for name, module in low_rank_linears(loaded).items()}
+    assert low == {name: row["rank"] for name, row in ranks.items() if row["role"] == "LRC"}
+    assert set(ranks) == set(select(AutoModelForCausalLM.from_pretrained(stories), None))
+    assert result["parameters_after"] == sum(p.numel() for p in loaded.parameters()) < result["parameters_before"]
+    assert 0.68 < result["linear_parameter_share"] <= 0.7
+    kept = sum(row["parameters_after"] for row in ranks.values())
+    assert kept / sum(row["parameters_before"] for row in ranks.values()) == result["linear_parameter_share"]
+    assert result["weighting"] == "two-sided"
+    # what it says it lost is what is lost
+    lost = math.log(result["perplexity_after"] / result["perplexity_before"])
+    assert lost > 0
+    assert mean_nll(Path("run/model"), text) > mean_nll(stories, text)
+    table = list(csv.DictReader(Path("run/ranks.csv").read_text().splitlines()))
+    assert [row["name"] for row in table] == list(ranks)
+    assert Path("run/plots/rank_map.png").stat().st_size > 5000
+    assert json.loads(Path("run/run.json").read_text())["status"] == "done"
+    assert {p.name for p in Path("run").iterdir()} == {
+        *("config.yaml", "log.txt", "model", "plots", "ranks.csv", "ranks.json", "result.json", "run.json")
+    }
+
+
+def test_dense_format_has_the_same_logits_and_loads_anywhere(compress, text):
+    flags = ("--welore-rank", 30, "--welore-calibrate", text)
+    compress(*flags, "--out", "factored")
+    compress(*flags, "--format", "dense", "--out", "dense")
+    compress("--format", "dense", "--out", "merged", model="factored")
+    expected = logits(AutoModelForCausalLM.from_pretrained("factored/model"))
+    for folder in ("dense", "merged"):
+        config = json.loads(Path(folder, "model/config.json").read_text())
+        assert "quantization_config" not in config
+        loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+        assert not low_rank_linears(loaded)
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pifa_keeps_more_of_the_model_in_the_same_parameters(compress, text):
+    flags = ("--welore-param-budget", 0.6, "--welore-calibrate", text, "--json")
+    plain = compress(*flags, "--out", "plain")
+    pifa = compress(*flags, "--welore-pifa", "--out", "pifa")
+    assert pifa["linear_parameter_share"] <= 0.6
+    assert pifa["rank_reduction"] < plain["rank_reduction"]
+    assert pifa["perplexity_after"] < plain["perplexity_after"]
+    loaded = AutoModelForCausalLM.from_pretrained("pifa/model")
+    assert sum(p.numel() for p in loaded.parameters()) == pifa["parameters_after"]
+
+
+def test_weighting_by_text_loses_less(compress, text):
+    found = {}
+    for weighting in ("none", "input", "two-sided"):
+        calibrate = [] if weighting == "none" else ["--welore-calibrate", text]
+        found[weighting] = compress(
+            "--welore-param-budget", 0.7, "--welore-weighting", weighting, *calibrate, "--out", weighting, "--json"
+        )["perplexity_after"]
+    assert found["two-sided"] < found["input"] < found["none"], found
+
+
+@pytest.mark.parametrize("allocation", ["welore", "budget", "uniform", "energy"])
+@pytest.mark.parametrize("target", [("--welore-rank", 40), ("--welore-param-budget", 0.7)])
+def test_every_rule_meets_either_target(allocation, target, compress):
+    result = compress(
+        *target, "--welore-allocation", allocation, "--eval-tokens", 0, "--out", "run", "--json", "--no-plots"
+    )
+    assert result["parameters_after"] < result["parameters_before"]
+    if target[0] == "--welore-param-budget":
+        assert result["linear_parameter_share"] <= 0.7
+    elif allocation in ("welore", "budget"):
+        assert result["rank_reduction"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_paper_mode_may_grow_and_says_so(compress):
+    result = compress(
+        "--welore-rank", 10, "--welore-paper", "--welore-min-ratio", 0, "--eval-tokens", 0, "--out", "run", "--json"
+    )
+    assert result["linear_parameter_share"] > 1
+    assert result["rank_reduction"] >= 0.1
+
+
+def test_takes_the_spectra_of_a_dump_and_those_of_the_published_layout(compress, lowrank, stories):
+    assert lowrank("svd-dump", "--model", stories, "--published", "--out", "dump", "--no-plots")[0] == 0
+    expected = compress("--welore-rank", 40, "--eval-tokens", 0, "--out", "own", "--json")
+    for given in ("dump", "dump/singular_values.pt"):
+        result = compress(
+            "--welore-rank", 40, "--eval-tokens", 0, "--spectra", given, "--out", Path(given).name, "--json"
+        ) if given != "dump" else compress(
+            "--welore-rank", 40, "--eval-tokens", 0, "--spectra", given, "--out", "again", "--json"
+        )  # fmt: skip
+        assert result["rank_reduction"] == expected["rank_reduction"]
+        assert result["parameters_after"] == expected["parameters_after"]
+
+
+def test_weighs_by_the_text_of_the_run_that_made_the_model(compress, lowrank, tiny_flags):
+    assert lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--out", "runs/one")[0] == 0
+    code, out, err = lowrank(
+        "compress", "--model", "runs/one", "--max-length", 64, "--eval-tokens", 500, "--welore-samples", 4, "--json"
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["weighting"] == "two-sided"
+    assert result["calibration_text"] == result["evaluation_text"] == tiny_flags[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--welore-rank", 0), "--welore-rank is 0"),
+        (("--welore-rank", 100), "--welore-rank is 100"),
+        (("--welore-param-budget", 1.2), "--welore-param-budget is 1.2"),
+        (("--welore-rank", 50, "--welore-param-budget", 0.5), "both say how much"),
+        (("--welore-weighting", "input"), "needs text"),
+        (("--welore-rank", 50, "--spectra", "nowhere"), "no singular values at"),
+    ],
+)
+def test_refuses_settings_and_writes_nothing(flags, message, compress):
+    said = compress(*flags, "--out", "run", code=4 if "nowhere" in flags else 2)
+    assert message in said
+    assert not Path("run").exists()
+
+
+def test_names_the_weight_that_is_not_finite(compress, stories, tmp_path):
+    shutil.copytree(stories, tmp_path / "broken")
+    tensors = load_file(stories / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = math.nan
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    said = compress("--welore-rank", 50, "--out", "run", code=2, model=tmp_path / "broken")
+    assert "model.layers.3.mlp.up_proj.weight" in said
+    assert not Path("run").exists()
+
+
+def test_refuses_spectra_of_another_model(compress, tmp_path):
+    torch.save({0: {"self_attn.q_proj": torch.ones(64)}}, tmp_path / "other.pt")
+    said = compress("--welore-rank", 50, "--spectra", tmp_path / "other.pt", "--out", "run", code=2)
+    assert "of another model" in said
+    assert "k_proj" in said
+
+
+def test_reads_no_pickled_object(compress, tmp_path):
+    torch.save({0: Path("anything")}, tmp_path / "evil.pt")
+    said = compress("--welore-rank", 50, "--spectra", tmp_path / "evil.pt", "--out", "run", code=2)
+    assert "is no file of singular values" in said
+
+
+def test_refuses_a_text_shorter_than_a_window(compress, tmp_path):
+    (tmp_path / "short.txt").write_text("Once upon a time.")
+    said = compress("--welore-calibrate", tmp_path / "short.txt", "--out", "run", code=2)
+    assert "shorter than one window of 128 tokens" in said
+    assert not Path("run").exists()
+
+
+def test_refuses_what_is_no_language_model(compress, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
+    said = compress("--welore-rank", 50, "--out", "run", code=2, model=tmp_path)
+    assert "not a causal language model" in said
+    assert not Path("run").exists()
+
+
+def test_refuses_a_folder_that_is_not_empty(compress, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    said = compress("--welore-rank", 50, "--out", "full", code=2)
+    assert "not empty" in said
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_a_write_that_fails_leaves_no_half_model(compress, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def full_disk(self, folder, **_):
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full_disk)
+    said = compress("--welore-rank", 50, "--out", "run", code=1)
+    assert "No space left" in said
+    assert not list(Path("run").rglob("*.safetensors"))
+    assert json.loads(Path("run/run.json").read_text())["status"] == "failed"
+
+
+def test_same_seed_same_model(compress, text):
+    for out in ("a", "b"):
+        compress("--welore-param-budget", 0.7, "--welore-calibrate", text, "--out", out, "--no-plots")
+    a, b = (load_file(f"{out}/model/model.safetensors") for out in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)

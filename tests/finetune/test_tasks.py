@@ -1,0 +1,155 @@
+"""Classification through `lowrank finetune --task`: heads, metrics by epoch, the best kept, 4-bit bases, errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification
+
+ROWS = 48
+
+
+@pytest.fixture
+def mrpc(tmp_path, test_data) -> Path:
+    """A data folder with the first records of the real MRPC."""
+    source = next((test_data / "glue").rglob("*[Mm][Rr][Pp][Cc]*/train.*"), None)
+    if source is None:
+        pytest.skip("no MRPC among the test data")
+    folder = tmp_path / "glue" / source.parent.name
+    folder.mkdir(parents=True)
+    for part in source.parent.iterdir():
+        lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / part.name).write_text("".join(lines[: ROWS + 1]), encoding="utf-8")
+    return tmp_path / "glue"
+
+
+@pytest.fixture
+def flags(base, mrpc) -> list[str]:
+    return [
+        *("--model", str(base), "--task", "mrpc", "--data-dir", str(mrpc), "--max-length", "64"),
+        *("--batch-size", "16", "--log-every", "1", "--no-plots", "--lr", "0.003"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["full", "galore", "lora", "vblora"])
+def test_metric_by_epoch_and_a_classifier_that_loads(method, lowrank, flags, base):
+    code, out, err = lowrank("finetune", "--method", method, *flags, "--epochs", 2, "--out", "run", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval_accuracy" in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    assert result["validation_f1"] == max(line["eval_f1"] for line in evaluations)
+    if result["is_adapter"]:
+        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=2)
+        model = PeftModel.from_pretrained(plain, "run/model")
+        saved = load_file("run/model/adapter_model.safetensors")["base_model.model.score.weight"]
+        assert any(p.equal(saved) for name, p in model.named_parameters() if "score" in name)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained("run/model")
+    assert sorted(model.config.id2label) == [0, 1]
+
+
+def test_reported_metrics_are_those_of_the_saved_model(lowrank, flags, mrpc):
+    code, out, err = lowrank("finetune", "--method", "full", *flags, "--max-steps", 3, "--out", "run", "--json")
+    assert code == 0, err
+    from lowrank_cli.config import resolve
+    from lowrank_cli.data import supervised
+    from lowrank_cli.data.tokenizer import named_tokenizer
+
+    config = resolve("finetune", {}, {}, config_file="run/config.yaml")
+    tokenizer = named_tokenizer("run/model")
+    data = supervised.build(
+        config.data, config.task, batch_size=1, total_batch_size=1, eval_tokens=9, seed=0, tokenizer=tokenizer
+    )
+    model = AutoModelForSequenceClassification.from_pretrained("run/model").eval()
+    with torch.no_grad():
+        # one at a time, so that no padding is in it
+        pairs = [
+            (int(model(input_ids=b["input_ids"], attention_mask=b.get("attention_mask")).logits.argmax()), b["labels"])
+            for b in data.validation()
+        ]
+    predictions, labels = np.array([p for p, _ in pairs]), np.array([int(y) for _, y in pairs])
+    result = json.loads(out)
+    assert result["validation_accuracy"] == pytest.approx(accuracy_score(labels, predictions))
+    assert result["validation_f1"] == pytest.approx(f1_score(labels, predictions, zero_division=0))
+
+
+def test_patience_ends_the_run(lowrank, flags):
+    more = ["--lr", "1e-12", "--max-steps", 30, "--eval-every", 1, "--patience", 2, "--out", "run", "--json"]
+    code, out, err = lowrank("finetune", "--method", "lora", *flags, *more)
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 2
+    assert "no better evaluation for 2 times" in err
+
+
+def test_a_four_bit_base_trains_an_adapter_and_merges(lowrank, base, records):
+    pytest.importorskip("bitsandbytes")
+    flags = ["--model", str(base), "--dataset", str(records), "--max-length", 96, "--max-steps", 3, "--no-plots"]
+    for more in ([], ["--merge"]):
+        out = f"run{len(more)}"
+        code, text, err = lowrank("finetune", "--quantize", "nf4", *flags, *more, "--out", out, "--json")
+        assert code == 0, err
+        assert np.isfinite(json.loads(text)["validation_loss"])
+    assert "is_adapter" in json.loads(text)
+    merged = load_file("run1/model/model.safetensors")
+    original = load_file(base / "model.safetensors")
+    assert merged.keys() == original.keys()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert merged[name].dtype == torch.float32
+    # the update is small, and the base under it is the original one, not the one in 4 bits
+    assert float((merged[name] - original[name]).norm() / original[name].norm()) < 0.02
+
+
+def test_gradients_pass_through_a_four_bit_base_after_an_evaluation(base):
+    pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
+    from lowrank_cli.config import ModelConfig
+    from lowrank_cli.models import load
+
+    source = ModelConfig(name=str(base))
+    common = {"config": None, "dtype": torch.float32, "device": "cpu", "seed": 0, "offline": True}
+    small = load.load(source, **common, quantize="nf4")
+    plain = load.load(source, **common)
+    for name, module in small.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            full = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(full)
+    ids = torch.arange(3, 35).reshape(2, 16)
+    gradients = []
+    for model in (small, plain):
+        model.eval()
+        with torch.no_grad():
+            model(ids)
+        model.train()
+        x = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        model(inputs_embeds=x, labels=ids).loss.backward()
+        gradients.append(x.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+    assert gradients[0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--task", "mrcp"], 2, "did you mean"),
+        (["--method", "full", "--quantize", "nf4"], 2, "take a method that trains an adapter"),
+        (["--method", "lora", "--lora-target-modules", "q_prj"], 2, "did you mean 'q_proj'"),
+        (["--model", "nowhere/at/all"], 4, "no folder nowhere/at/all"),
+        (["--method", "vblora", "--vblora-vector-length", "7"], 2, "divide"),
+        (["--patience", "0"], 2, "at least 1"),
+        (["--model-config", "x.json"], 2, "no option --model-config"),
+    ],
+)
+def test_bad_input_is_one_clear_error(more, code, message, lowrank, base, records):
+    known = ["--model", str(base)] if "--model" not in more else []
+    found, _, err = lowrank("finetune", *known, "--dataset", str(records), *more, "--max-steps", 1, "--out", "run")
+    assert found == code, err
+    assert message in err
+    assert not Path("run").exists()

@@ -1,0 +1,126 @@
+"""WeLore: which weights become low-rank, and that fine-tuning trains those and nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lowrank_cli import methods
+from lowrank_cli.config import resolve
+from lowrank_cli.errors import UsageError
+from lowrank_cli.models.lowrank_linear import low_rank_linears
+
+
+@pytest.fixture(scope="module")
+def stories(test_data) -> Path:
+    return test_data / "models" / "stories260K"
+
+
+@pytest.fixture
+def compressed(lowrank, stories) -> Path:
+    code, _, err = lowrank("compress", "--model", stories, "--welore-rank", 50, "--eval-tokens", 0, "--out", "small")
+    assert code == 0, err
+    return Path("small/model")
+
+
+FLAGS = ("--max-length", 64, "--batch-size", 4, "--eval-tokens", 500, "--log-every", 1, "--no-plots")
+
+
+def finetune(lowrank, model, *more, code: int = 0):
+    found, out, err = lowrank("finetune", "--model", model, *FLAGS, *more)
+    assert found == code, err
+    return out, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"rank": 50, "param_budget": 0.8}, "both say how much"),
+        ({"paper": True}, "needs a rank reduction"),
+        ({"paper": True, "rank": 50, "pifa": True}, "not in the paper"),
+        ({"paper": True, "param_budget": 0.5}, "not in the paper"),
+        ({"weighting": "none", "calibrate": "stdlib"}, "uses no text"),
+        ({"rank": 0}, "larger than 0"),
+        ({"rank": 100}, "smaller than 100"),
+        ({"param_budget": 1.5}, "at most 1"),
+    ],
+)
+def test_refuses_settings_that_do_not_go_together(flags, message):
+    with pytest.raises(UsageError) as raised:
+        resolve("compress", {"method": "welore"}, {"welore": flags})
+    assert message in f"{raised.value.message}; {raised.value.hint}"
+
+
+def test_a_dense_model_has_nothing_to_train(lowrank, stories, news):
+    _, err = finetune(
+        lowrank, stories, "--method", "welore", "--task", "text", "--dataset", news, "--max-steps", 1, code=2
+    )
+    assert "compress it first" in err
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_trains_the_low_rank_components_only(norms, lowrank, compressed, news):
+    more = ["--welore-train-norms"] if norms else []
+    finetune(
+        lowrank, compressed, "--method", "welore", "--task", "text", "--dataset", news, "--max-steps", 3, "--lr", 0.01, "--json",
+        "--out", "run", *more,
+    )  # fmt: skip
+    before, after = load_file(compressed / "model.safetensors"), load_file("run/model/model.safetensors")
+    assert set(before) == set(after)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    factors = {name for name in before if name.endswith((".A.weight", ".B.weight"))}
+    assert factors
+    assert moved == factors | ({n for n in before if "norm" in n} if norms else set())
+    loaded = AutoModelForCausalLM.from_pretrained("run/model")
+    assert low_rank_linears(loaded)
+    rows = {row["name"]: row["role"] for row in json.loads(Path("run/targets.json").read_text())}
+    assert {n for n, role in rows.items() if role == "welore"} == factors
+
+
+def test_learns_and_resumes_bit_for_bit(lowrank, compressed, news):
+    common = (
+        "--method",
+        "welore",
+        "--task",
+        "text",
+        "--dataset",
+        news,
+        "--lr",
+        0.01,
+        "--max-steps",
+        12,
+        "--save-every",
+        6,
+    )
+    finetune(lowrank, compressed, *common, "--out", "whole")
+    lines = [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+    finetune(lowrank, compressed, *common, "--out", "again", "--keep", 3)
+    code, _, err = lowrank("finetune", "--resume", "again/checkpoints/step-000006", "--method", "welore", "--model",
+                           compressed, *FLAGS, *common[2:], "--out", "again", "--keep", 3)  # fmt: skip
+    assert code == 0, err
+    a, b = load_file("whole/model/model.safetensors"), load_file("again/model/model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["welore+galore", "welore+velora"])
+def test_combines_with(method, lowrank, compressed, news):
+    more = ["--galore-rank", 2] if "galore" in method else ["--velora-layers", "*.B"]
+    finetune(lowrank, compressed, "--method", method, *more, "--task", "text", "--dataset", news, "--max-steps", 2, "--lr", 0.01,
+             "--out", "run")  # fmt: skip
+    before, after = load_file(compressed / "model.safetensors"), load_file("run/model/model.safetensors")
+    frozen = [n for n in before if not n.endswith((".A.weight", ".B.weight"))]
+    assert all(torch.equal(before[n], after[n]) for n in frozen)
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+def test_describes_what_it_aims_at():
+    method = methods.get("welore")
+    assert method(method.Config(rank=50)).target == "50 % of the singular values cut"
+    assert method(method.Config()).target == "80 % of the linears' parameters kept"
+    assert method(method.Config(rank=50)).allocation == "welore"
+    assert method(method.Config(param_budget=0.6)).allocation == "budget"

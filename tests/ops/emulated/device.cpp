@@ -1,0 +1,2 @@
+// The CUDA source, compiled for the CPU.
+#include "projection.cu"
