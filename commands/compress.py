@@ -34,10 +34,10 @@ def compress(given: dict[str, Any], method_given: dict[str, dict[str, Any]], cal
 
     job = pipeline.prepare(resolved)
     if call.dry_run:
-        rows = [[name, f"{m} x {n}"] for name, (m, n) in job.targets.shapes.items()]
+        rows = [[name, f"{m} x {n}"] for name, (m, n) in job.shapes.items()]
         console.table("What would be compressed", ["linear", "shape"], rows)
         if call.json:
-            print(json.dumps({"linears": job.targets.shapes}))
+            print(json.dumps({"linears": job.shapes}))
         return
     folder = RunDir.create(call.out, f"compress-{resolved.method}")
     (folder.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")

@@ -83,6 +83,8 @@ class Targets:
 def find_targets(model: nn.Module) -> Targets:
     """Attention and feed-forward linears of every layer, but those that share their weight with another module.
 
+    Args:
+        model: any; on the meta device no weight is looked at.
     Raises:
         UsageError: the model has none, or is compressed already.
     """
@@ -112,7 +114,7 @@ def find_targets(model: nn.Module) -> Targets:
 def check_finite(linears: Mapping[str, nn.Module]) -> None:
     """Raises UsageError naming the first weight with a value that is not finite."""
     for name, module in linears.items():
-        if not bool(torch.isfinite(module.weight).all()):
+        if not module.weight.is_meta and not bool(torch.isfinite(module.weight).all()):
             raise UsageError(
                 f"{name}.weight holds a value that is not finite", "the model is broken: load a sound copy of it"
             )

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli import console, methods
-from lowrank_cli.compress import report
+from lowrank_cli.compress import report, streaming
 from lowrank_cli.compress.decomposition import Store, Targets, decompose_all, find_targets, plain_values
+from lowrank_cli.compress.files import read_spectra
 from lowrank_cli.compress.progress import progress
-from lowrank_cli.compress.text import text_of_run, windows
+from lowrank_cli.compress.svd_dump import Reader
+from lowrank_cli.compress.text import text_of_run, tokenizer_for, windows
 from lowrank_cli.config import DataConfig, RunConfig
-from lowrank_cli.data.tokenizer import named_tokenizer
-from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.errors import UsageError
 from lowrank_cli.evaluate.perplexity import perplexity
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import low_rank_linears, replace_linear, weight_of
 from lowrank_cli.models.lowrank_quantizer import densify, mark
-from lowrank_cli.models.source import Source, locate
+from lowrank_cli.models.source import locate
 from lowrank_cli.run import RunDir
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
 
@@ -67,9 +68,16 @@ class Job:
     texts: dict[str, Any]
     given: dict[str, Tensor]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear."""
+        return self.targets.shapes
 
-def prepare(config: RunConfig) -> Job:
+
+def prepare(config: RunConfig) -> Job | streaming.Streamed:
     """Load the model and the texts; whatever is wrong with them shows here.
+
+    A model in safetensors files that needs no text is not loaded: `streaming` compresses it from file to file.
 
     Raises:
         UsageError: a model that cannot be compressed, weights that are not finite, a text that is too short.
@@ -80,6 +88,13 @@ def prepare(config: RunConfig) -> Job:
     settings, offline = part.config, config.common.offline
     device = models.device_of(config.common.device)
     source = locate(config.model, offline=offline)
+    own = text_of_run(source.location)
+    without_text = settings.weighting == "none" or (settings.calibrate is None and (own is None or settings.paper))
+    if without_text and not config.compress.eval_tokens and config.compress.format == "factored":
+        reader = Reader(source, config)
+        if reader.files and config.model.dtype == "auto":
+            given = given_spectra(config, reader.shapes)
+            return streaming.Streamed(config, part, reader, streaming.values_of(reader), given)
     model = models.load(
         config.model,
         config=None,
@@ -90,7 +105,6 @@ def prepare(config: RunConfig) -> Job:
     ).eval()
     merging = config.compress.format == "dense" and bool(low_rank_linears(model))
     targets = Targets({}, {}) if merging else find_targets(model)
-    own = text_of_run(source.location)
     calibrating = None if settings.calibrate is None else DataConfig(dataset=settings.calibrate)
     calibrating = calibrating or own
     weighting = settings.weighting or ("none" if calibrating is None or settings.paper else "two-sided")
@@ -121,33 +135,18 @@ def prepare(config: RunConfig) -> Job:
         if count
         else [],
         texts={"calibration": calibrating.dataset if weighting != "none" else None, "evaluation": measuring.dataset},
-        given=given_spectra(config, targets),
+        given=given_spectra(config, targets.shapes),
     )
 
 
-def given_spectra(config: RunConfig, targets: Targets) -> dict[str, Tensor]:
+def given_spectra(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     """Singular values of --spectra, for these linears; none without it."""
-    if config.compress.spectra is None or not targets.linears:
+    if config.compress.spectra is None or not shapes:
         return {}
-    from lowrank_cli.compress.files import read_spectra
-
-    return read_spectra(Path(config.compress.spectra), targets.shapes)
+    return read_spectra(Path(config.compress.spectra), shapes)
 
 
-def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, needed: bool) -> Any:
-    """The tokenizer beside the weights; None if there is none and nobody needs it."""
-    place = source.name if source.gguf else source.location
-    try:
-        tokenizer = named_tokenizer(place, offline=offline)
-    except LowrankError:
-        if needed:
-            raise
-        return None
-    models.check_vocabulary(model, tokenizer)
-    return tokenizer
-
-
-def run(job: Job, folder: RunDir) -> dict[str, Any]:
+def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
     """Compress the model of a job; its folder then holds it with the ranks, the pictures and the numbers.
 
     Returns:
@@ -155,6 +154,8 @@ def run(job: Job, folder: RunDir) -> dict[str, Any]:
     Raises:
         LowrankError: a number broke, or the model could not be written.
     """
+    if isinstance(job, streaming.Streamed):
+        return streaming.run(job, folder)
     config, model, targets = job.config, job.model, job.targets
     result: dict[str, Any] = {
         "method": config.method, "run": str(folder.path), "model": str(folder.model), "weighting": job.weighting,
@@ -166,26 +167,19 @@ def run(job: Job, folder: RunDir) -> dict[str, Any]:
         plain, weighted, store = spectra_of(job, folder)
         ranks = job.part.ranks(plain, weighted)
         rows = report.rows(targets, ranks, plain, weighted)
-        result |= {
-            "allocation": job.part.allocation,
-            "target": job.part.target,
-            "rank_reduction": plain.rank_reduction(ranks),
-            "linear_parameter_share": plain.parameter_share(ranks),
-            "low_rank_components": sum(rank is not None for rank in ranks.values()),
-            "linears": len(ranks),
-        }
+        result |= report.about(job.part, plain, ranks)
         factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
         shutil.rmtree(store.folder, ignore_errors=True)
     after = measure(model, job.measuring)
     if config.compress.format == "dense":
         densify(model)
     elif low_rank_linears(model):
-        mark(model, {"details": {k: result[k] for k in ("method", "target", "weighting", "allocation")}})
+        mark(model, {"details": report.details(result)})
     for key in before:
         result[f"{key}_before"], result[f"{key}_after"] = before[key], after[key]
     result["bytes_after"] = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
+    streaming.commit(folder.path, lambda path: save(path, model, job.tokenizer), folder.model)
     report.write(folder, rows, result, plots=config.compress.plots)
-    write_model(folder, model, job.tokenizer)
     return result
 
 
@@ -246,17 +240,9 @@ def measure(model: nn.Module, text: list[Tensor]) -> dict[str, float]:
     }
 
 
-def write_model(folder: RunDir, model: PreTrainedModel, tokenizer: Any) -> None:
-    """model/ of the run folder, under a temporary name until it is whole."""
-    from lowrank_cli.train import checkpoint
-
-    temporary = folder.path / f".model.{os.getpid()}"
-    try:
-        temporary.mkdir()
-        model.config.use_cache = True
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        checkpoint.commit(temporary, folder.model)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def save(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Write the model and its tokenizer into a folder."""
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lowrank_cli import console
 from lowrank_cli.compress.decomposition import Targets
+from lowrank_cli.methods import Method
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
 
@@ -33,6 +34,23 @@ def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> l
             }
         )  # fmt: skip
     return table + [{"name": name, "role": "skipped", "why": why} for name, why in targets.skipped.items()]
+
+
+def about(part: Method, plain: Spectra, ranks: Ranks) -> dict[str, Any]:
+    """What the ranks come to."""
+    return {
+        "allocation": part.allocation,
+        "target": part.target,
+        "rank_reduction": plain.rank_reduction(ranks),
+        "linear_parameter_share": plain.parameter_share(ranks),
+        "low_rank_components": sum(rank is not None for rank in ranks.values()),
+        "linears": len(ranks),
+    }
+
+
+def details(result: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of the model says of how it was made."""
+    return {key: result[key] for key in ("method", "target", "weighting", "allocation")}
 
 
 def write(folder: RunDir, table: list[dict[str, Any]], result: dict[str, Any], *, plots: bool) -> None:

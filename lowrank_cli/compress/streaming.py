@@ -10,26 +10,56 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lowrank_cli.compress import report
+from lowrank_cli.compress.decomposition import Targets
 from lowrank_cli.compress.pictures import place_of
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.svd_dump import Reader, cached_values
+from lowrank_cli.config import RunConfig
+from lowrank_cli.methods import Method
+from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import FORMS
 from lowrank_cli.models.lowrank_quantizer import LowRankConfig
-from lowrank_cli.svd.rank_selection import Ranks
+from lowrank_cli.run import RunDir
+from lowrank_cli.svd.rank_selection import Ranks, Spectra
 from lowrank_cli.svd.spectrum import decompose
 
-WEIGHTS = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 # what a folder has besides weights and their index, and the copy needs as well
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h5", ".msgpack")
+
+
+@dataclass
+class Streamed:
+    """A compression that never loads the model, checked, before anything is written.
+
+    Attributes:
+        config: the settings.
+        part: the method that chooses the ranks.
+        reader: the model's files.
+        values: singular values of its linears.
+        given: those to choose ranks by instead, if --spectra gave some.
+    """
+
+    config: RunConfig
+    part: Method
+    reader: Reader
+    values: dict[str, Tensor]
+    given: dict[str, Tensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear."""
+        return self.reader.shapes
 
 
 def values_of(reader: Reader) -> dict[str, Tensor]:
@@ -40,6 +70,28 @@ def values_of(reader: Reader) -> dict[str, Tensor]:
             found[name] = cached_values(name, reader[name])
             advance()
     return found
+
+
+def run(job: Streamed, folder: RunDir) -> dict[str, Any]:
+    """Compress from file to file; returns what `pipeline.run` does, but for what only a loaded model can tell."""
+    settings, reader = job.part.config, job.reader
+    form = {"shapes": reader.shapes, "pifa": settings.pifa, "allow_growth": settings.paper}
+    own = Spectra(job.values, **form)
+    plain = Spectra(job.given, **form) if job.given else own
+    ranks = job.part.ranks(plain, own)
+    rows = report.rows(Targets({}, {}), ranks, plain, own)
+    result = {
+        "method": job.config.method, "run": str(folder.path), "model": str(folder.model), "weighting": "none",
+        "calibration_text": None, "evaluation_text": None, **report.about(job.part, plain, ranks),
+    }  # fmt: skip
+    details = report.details(result)
+    config = models.config_of(job.config.model, offline=job.config.common.offline)
+    kind = "pifa" if settings.pifa else "factored"
+    sizes = commit(folder.path, lambda path: write(reader, ranks, kind, path, config, details), folder.model)
+    result["parameters_before"], result["parameters_after"] = sizes
+    result["bytes_after"] = sum(p.stat().st_size for p in folder.model.glob("*.safetensors"))
+    report.write(folder, rows, result, plots=job.config.compress.plots)
+    return result
 
 
 def write(
@@ -76,7 +128,7 @@ def write(
             advance()
     total = sum((folder / name).stat().st_size for name in set(shards.values()))
     index = {"metadata": {"total_size": total}, "weight_map": shards}
-    (folder / WEIGHTS).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     low = {name: rank for name, rank in ranks.items() if rank is not None}
     if low:
         config.quantization_config = LowRankConfig(ranks=low, form=form, details=details)
@@ -131,8 +183,3 @@ def commit(folder: Path, write_into, final: Path) -> Any:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return result
-
-
-def element_bytes(dtype: torch.dtype) -> int:
-    """Bytes of one element."""
-    return dtype.itemsize

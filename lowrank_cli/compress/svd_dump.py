@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
 
 from lowrank_cli import console
 from lowrank_cli.compress import files
 from lowrank_cli.compress.decomposition import find_targets
 from lowrank_cli.compress.progress import progress
-from lowrank_cli.compress.text import text_of_run, windows
+from lowrank_cli.compress.text import text_of_run, tokenizer_for, windows
 from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.data.cache import cached_folder
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import Source, locate
-from lowrank_cli.models.targets import select
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.svd.spectrum import effective_rank, singular_values
 
@@ -49,14 +49,21 @@ class Reader:
         self.config = config
         self.model: nn.Module | None = None
         self.files = self.index(source)
-        if self.files:
-            self.skeleton = models.meta(models.config_of(config.model, offline=config.common.offline))
-            linears = select(self.skeleton, None)
+        for skeleton in self.skeletons() if self.files else ():
+            linears = find_targets(skeleton).linears
             if all(f"{name}.weight" in self.files for name in linears):
                 self.shapes = {name: shape_of(module) for name, module in linears.items()}
                 self.transposed = {name for name, m in linears.items() if not hasattr(m, "out_features")}
                 return
         self.load()
+
+    def skeletons(self) -> Iterator[nn.Module]:
+        """The language model of the configuration, and the model without a head, such as a plain BERT; on meta."""
+        architecture = models.config_of(self.config.model, offline=self.config.common.offline)
+        if type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            yield models.meta(architecture)
+        with torch.device("meta"):
+            yield AutoModel.from_config(architecture)
 
     def load(self) -> nn.Module:
         """The whole model, for what the files cannot give."""
@@ -178,8 +185,6 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
     """The text whose gradients are wanted; none without --gradients."""
     if not config.spectra.gradients:
         return []
-    from lowrank_cli.compress.pipeline import tokenizer_for
-
     offline = config.common.offline
     own = None if config.spectra.dataset else text_of_run(source.location)
     text = own or DataConfig(**({"dataset": config.spectra.dataset} if config.spectra.dataset else {}))

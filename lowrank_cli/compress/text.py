@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,13 @@ from torch import Tensor
 from lowrank_cli.config import DataConfig
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.data.rows import Encoder, RowReader
-from lowrank_cli.errors import UsageError
+from lowrank_cli.data.tokenizer import named_tokenizer
+from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.models import load as models
+from lowrank_cli.models.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # sequences in a forward pass
 BATCH = 4
@@ -27,6 +34,19 @@ def text_of_run(location: str) -> DataConfig | None:
             found = {key: settings[key] for key in keys if settings.get(key) is not None}
             return DataConfig(**found) if settings.get("command") == "pretrain" else None
     return None
+
+
+def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, needed: bool) -> Any:
+    """The tokenizer beside the weights; None if there is none and nobody needs it."""
+    place = source.name if source.gguf else source.location
+    try:
+        tokenizer = named_tokenizer(place, offline=offline)
+    except LowrankError:
+        if needed:
+            raise
+        return None
+    models.check_vocabulary(model, tokenizer)
+    return tokenizer
 
 
 def windows(

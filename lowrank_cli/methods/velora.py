@@ -132,7 +132,7 @@ class VeLoRA(Method):
             if not chosen:
                 leaves = sorted({n.rpartition(".")[2] for n in candidates})
                 raise UsageError(
-                    f"--velora-layers {text}: this model has no linear {part}",
+                    f"--velora-layers {text}: this model has no trained linear {part}",
                     f"letters: {' '.join(LETTERS)}; names: {', '.join(leaves)}",
                 )
             wanted = counts[i if len(counts) > 1 else 0] if counts else None

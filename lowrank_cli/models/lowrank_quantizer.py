@@ -99,6 +99,11 @@ class LowRankQuantizer(HfQuantizer):
                     "load the folder that was saved, with its own config.json",
                 ) from None
 
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        # the weights are ordinary ones in another shape: .float(), .half() and training work as they always do
+        model.is_quantized = False
+        return model
+
     def is_serializable(self) -> bool:
         return True
 

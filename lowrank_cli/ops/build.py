@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ HEADERS = ("projection.h", "projection_cpu.h")
 CPU_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-unknown-pragmas")
 FLAGS = {"cpu": CPU_FLAGS, "cuda": ("-O3", "-DLOWRANK_CUDA")}
 # what torch's builder and the loader raise when a compiler, a header or a library is not as it should be
-FAILURES = (RuntimeError, OSError, ImportError, ValueError)
+FAILURES = (RuntimeError, OSError, ImportError, ValueError, subprocess.SubprocessError)
 
 _loaded: set[str] = set()
 _failed: dict[str, str] = {}

@@ -237,3 +237,40 @@ def test_same_seed_same_model(compress, text):
         compress("--welore-param-budget", 0.7, "--welore-calibrate", text, "--out", out, "--no-plots")
     a, b = (load_file(f"{out}/model/model.safetensors") for out in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("form", [(), ("--welore-pifa",)])
+def test_from_file_to_file_gives_the_model_that_memory_gives(form, compress, monkeypatch):
+    flags = ("--welore-param-budget", 0.7, "--welore-allocation", "uniform", "--no-plots", *form)
+    compress(*flags, "--eval-tokens", 300, "--out", "memory")
+    from lowrank_cli.models import load
+
+    monkeypatch.setattr(load, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    result = compress(*flags, "--eval-tokens", 0, "--out", "files", "--json")
+    assert len(list(Path("files/model").glob("model-*.safetensors"))) > 5
+    memory, files = (AutoModelForCausalLM.from_pretrained(f"{out}/model") for out in ("memory", "files"))
+    assert type(low_rank_linears(memory).popitem()[1]) is type(low_rank_linears(files).popitem()[1])
+    assert torch.equal(logits(memory), logits(files))
+    assert AutoTokenizer.from_pretrained("files/model").vocab_size == 512
+    assert result["parameters_after"] == sum(p.numel() for p in memory.parameters())
+
+
+def test_from_file_to_file_keeps_biases_dtype_and_conv1d(compress, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=70, n_positions=64))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "gpt2")
+    # all directions kept but the last ones: nearly the same function
+    compress("--welore-rank", 5, "--welore-allocation", "uniform", "--welore-paper", "--out", "run", code=2,
+             model=tmp_path / "gpt2")  # fmt: skip
+    compress("--welore-rank", 5, "--welore-pifa", "--welore-allocation", "uniform", "--eval-tokens", 0, "--out", "run",
+             model=tmp_path / "gpt2")  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained("run/model", dtype="auto")
+    assert len(low_rank_linears(loaded)) == 8
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    before, after = logits(model.float()), logits(loaded.float())
+    assert float((before - after).norm() / before.norm()) < 0.2

@@ -106,3 +106,17 @@ def test_conv1d_of_gpt2_is_read_as_out_by_in(lowrank, tmp_path):
     rows = {row["name"]: row for row in csv.DictReader(Path("dump/singular_values.csv").read_text().splitlines())}
     row = rows["transformer.h.0.attn.c_attn"]
     assert (int(row["out"]), int(row["in"]), int(row["rank"])) == (72, 24, 24)
+
+
+def test_reads_an_encoder_without_a_head(lowrank, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40, vocab_size=50)
+    ).save_pretrained(tmp_path / "bert")
+    code, _, err = lowrank("svd-dump", "--model", tmp_path / "bert", "--out", "dump", "--no-plots")
+    assert code == 0, err
+    found = load_file("dump/singular_values.safetensors")
+    assert len(found) == 12
+    assert found["encoder.layer.1.attention.self.query"].shape == (24,)

@@ -132,7 +132,9 @@ def test_any_shape_side_and_layout(kernel_device, m, n, rank, left, columns, pad
     # a direction that nearly cancels turns with the rounding of its gradient; 16-bit weights round after each step
     assert layer.error() < (1e-4 if dtype == torch.float32 else 0.1)
     for moment, exact in zip(layer.moments, layer.exact, strict=True):
-        assert float((moment.double().cpu() - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert float((moment.double().cpu() - exact).norm() / exact.norm()) < (
+            1e-5 if dtype == torch.float32 else 1e-2
+        )
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(128, 256, 128), (129, 257, 65), (300, 40, 33), (512, 256, 16)])
@@ -155,6 +157,25 @@ def test_layers_of_one_call_are_those_of_many_calls(kernel_device):
     for layer in apart:
         take_step([layer], [layer.gradient(1)], 1)
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(together, apart, strict=True))
+
+
+def test_threads_do_not_change_the_step(kernel_device):
+    """Also with weights that require gradients: the threads do not inherit `no_grad`."""
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        layers = [Layer(600, 300, 16, left, torch.float32, kernel_device, seed=3) for left in (False, True)]
+        torch.set_num_threads(count)
+        try:
+            for layer in layers:
+                layer.weight = torch.nn.Parameter(layer.weight)
+                with torch.no_grad():
+                    take_step([layer], [layer.gradient(1)], 1)
+        finally:
+            torch.set_num_threads(threads)
+        results.append([x.weight.detach() for x in layers])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("whole", [False, True])
