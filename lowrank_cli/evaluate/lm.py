@@ -125,7 +125,7 @@ class EvaluatedLM(HFLM):
         bos = self.tokenizer.decode(self.prefix_token_id)
         plain = [text for text in dict.fromkeys(texts) if not text.startswith(bos)]
         if plain and self.add_bos_token is None:
-            encoded = self.tokenizer(plain, return_attention_mask=False)["input_ids"]
+            encoded = self.tokenizer(plain, return_attention_mask=False, verbose=False)["input_ids"]
             self._encoded = dict(zip(plain, encoded, strict=True))
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:

@@ -78,12 +78,14 @@ def load(names: list[str], data_dir: str | None, *, offline: bool, num_fewshot: 
                 + (f", and {data_dir} does not have it" if data_dir else ""),
                 "give the folder that holds it: --data-dir FOLDER",
             )
-        elif task_of(name) not in (known := all_names()):
+        elif name not in SUITES and not is_mmlu(name) and name not in (known := all_names()):
             raise unknown_task(name, known)
-    every = TaskManager() if any(name not in local for name in names) else None
+    hub = _manager([name for name in names if name not in local])
     loaded = []
     for name in names:
-        manager = own if name in local else every
+        manager = own if name in local else hub
+        if task_of(name) not in manager.all_tasks and name not in local:
+            raise unknown_task(name, all_names())
         task = local.get(name) or task_of(name)
         if name in SUITES and SUITES[name].note and name in local:
             console.note(f"{name}: {SUITES[name].note}")
@@ -98,6 +100,18 @@ def load(names: list[str], data_dir: str | None, *, offline: bool, num_fewshot: 
         data = local_tasks.state_of(folder) if name in local else []
         loaded.append(Loaded(name, task, content, manager, data))
     return loaded
+
+
+def _manager(names: list[str]) -> TaskManager | None:
+    """lm-eval's own tasks: all of them, which takes seconds, or only the folders of names that are known here."""
+    if not names:
+        return None
+    if not all(name in SUITES or is_mmlu(name) for name in names):
+        return TaskManager()
+    folders = {SUITES[name].folder if name in SUITES else "mmlu/default" for name in names}
+    return TaskManager(
+        include_defaults=False, include_path=[str(local_tasks.tasks_folder() / folder) for folder in sorted(folders)]
+    )
 
 
 def task_of(name: str) -> str:

@@ -251,6 +251,8 @@ def save(model: nn.Module, folder: Path, base: str) -> None:
         target_modules=short if named == set(found) else sorted(found),
         fan_in_fan_out=isinstance(first.base_layer, Conv1D),
         base_model_name_or_path=base,
+        # what AutoPeftModelForCausalLM asks for
+        task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
         inference_mode=True,
     )
     config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The compiled kernels of `kernels/`: built once for a machine with torch's extension builder, then loaded as they are.
+"""The compiled kernels of `kernels/`: built once for a machine by torch's extension builder, then loaded.
 
 A library stands in torch's extension folder (TORCH_EXTENSIONS_DIR, else the user's cache) in a folder whose name is a
 hash of everything it depends on, so that a stale one is never loaded. It is built beside and moved there when whole.

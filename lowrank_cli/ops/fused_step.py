@@ -83,6 +83,8 @@ def choose(kernel: str, device: torch.device | str) -> Choice:
         raise ValueError(f"kernel is {kernel!r}; it is one of {', '.join(KERNELS)}")
     if kernel == "torch":
         return Choice("torch", "as asked")
+    if kind == "meta":
+        return Choice("torch", "nothing is computed", is_auto)
     if not is_auto and kernel != kind:
         raise UsageError(f"--kernel {kernel} cannot run on {kind} weights", "take --kernel auto, or --kernel torch")
     if kind not in build.SOURCES:

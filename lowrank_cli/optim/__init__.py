@@ -31,6 +31,8 @@ def base_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
     """The optimizer for these groups: torch's own fused AdamW where nothing is projected, 16-bit or per layer."""
     betas, rounding = (config.beta1, config.beta2), config.stochastic_rounding
+    parameters = [p for group in groups for _, p in group["params"]]
+    small = any("rank" in group or "num_groups" in group for group in groups)
     if config.optimizer == "adafactor":
         from lowrank_cli.optim.adafactor import GaLoreAdafactor
 
@@ -40,11 +42,10 @@ def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
     if config.optimizer == "adamw8bit":
         from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
 
-        return GaLoreAdamW8bit(
+        optimizer = GaLoreAdamW8bit(
             groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, stochastic_rounding=rounding
         )
-    parameters = [p for group in groups for _, p in group["params"]]
-    small = any("rank" in group or "num_groups" in group for group in groups)
+        return _on_kernel(optimizer, config.kernel) if small else optimizer
     # torch's keeps moments in the weight's dtype, ours in float32: both sides of a comparison get the same
     if not small and not config.per_layer and all(p.element_size() >= 4 for p in parameters):
         from torch.optim import AdamW
@@ -52,7 +53,21 @@ def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
         return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
     from lowrank_cli.optim.adamw import GaLoreAdamW
 
-    return GaLoreAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, stochastic_rounding=rounding)
+    optimizer = GaLoreAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, stochastic_rounding=rounding)
+    return _on_kernel(optimizer, config.kernel) if small else optimizer
+
+
+def _on_kernel(optimizer, kernel: str) -> Optimizer:
+    """The optimizer on the kernel for a setting and its weights' device, with the line that says which, and why."""
+    from lowrank_cli import console
+    from lowrank_cli.ops import fused_step
+
+    choice = fused_step.choose(kernel, optimizer.param_groups[0]["params"][0].device)
+    console.note(str(choice))
+    optimizer.kernel_is_auto = choice.is_auto
+    for group in optimizer.param_groups:
+        group["kernel"] = choice.name
+    return optimizer
 
 
 def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_cli.evaluate.classification import label_loss
 from lowrank_cli.evaluate.perplexity import perplexity
 from lowrank_cli.evaluate.supervised import evaluate as supervised
 from lowrank_cli.models.forward import causal_lm_loss
@@ -51,22 +51,13 @@ class Classification(Causal):
 
     def __init__(self, data: Any):
         super().__init__(data)
-        self.regression = data.kind == "regression"
+        self.kind: str = data.kind
 
     def targets(self, batches: list[Batch]) -> int:
         return sum(len(batch["labels"]) for batch in batches)
 
     def loss(self, model: nn.Module, batch: Batch, targets: int) -> Tensor:
-        total = self._total(self._logits(model, batch), batch["labels"])
-        return total / targets
-
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
-
-    def _total(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.regression:
-            return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
-        return F.cross_entropy(logits, labels, reduction="sum")
+        return label_loss(model, batch, self.kind, targets)
 
 
 def objective(data: Any) -> Causal:

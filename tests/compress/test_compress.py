@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -274,3 +276,32 @@ def test_from_file_to_file_keeps_biases_dtype_and_conv1d(compress, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     before, after = logits(model.float()), logits(loaded.float())
     assert float((before - after).norm() / before.norm()) < 0.2
+
+
+@pytest.mark.slow
+def test_from_file_to_file_needs_less_than_two_layers_of_memory(tmp_path):
+    """Peak resident memory of the whole command over that of the same command on a model of one small layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def made(name: str, **sizes: int) -> Path:
+        config = LlamaConfig(vocab_size=64, num_attention_heads=4, num_key_value_heads=4, **sizes)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name, max_shard_size="60MB")
+        return tmp_path / name
+
+    small = made("small", hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    large = made("large", hidden_size=1024, intermediate_size=5504, num_hidden_layers=6)
+    script = (
+        "import resource, sys; from lowrank_cli.main import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+    )
+    peaks = {}
+    for model in (small, large):
+        out = tmp_path / f"{model.name}-out"
+        done = subprocess.run(
+            [sys.executable, "-c", script, "compress", "--model", str(model), "--welore-rank", "50", "--eval-tokens", "0",
+             "--welore-allocation", "uniform", "--no-plots", "--json", "--out", str(out)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks[model.name] = int(done.stdout.strip().splitlines()[-1])
+    layer = 4 * (4 * 1024 * 1024 + 3 * 1024 * 5504)
+    assert peaks["large"] - peaks["small"] < 2 * layer, (peaks, layer)

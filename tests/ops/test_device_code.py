@@ -1,4 +1,4 @@
-"""kernels/projection.cu without a GPU: what the compiler makes of it, and what it computes when a CPU plays the GPU."""
+"""kernels/projection.cu without a GPU: what the compiler makes of it, and what it computes on an emulated one."""
 
 import hashlib
 import os
@@ -47,7 +47,7 @@ def test_compiles_without_spills(arch, kernel_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def emulated(kernel_folder):
-    """The CUDA op with its bindings, its device code run by tests/ops/emulated/emulator.h; built once for its sources."""
+    """The CUDA op with its bindings, its device code run by emulated/emulator.h; built once for its sources."""
     toolkit = Path(NVCC).resolve().parent.parent if NVCC else TOOLKIT
     if not (toolkit / "include" / "cuda_bf16.h").is_file():
         pytest.skip("no headers of a CUDA toolkit")

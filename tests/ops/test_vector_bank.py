@@ -14,7 +14,7 @@ def by_hand(bank, logits, topk):
     """The paper's equations, one sub-vector after the other."""
     rows = []
     for row in logits:
-        order = sorted(range(len(row)), key=lambda i: -float(row[i]))[:topk]
+        order = sorted(range(len(row)), key=lambda i: -float(row.detach()[i]))[:topk]
         weights = torch.softmax(torch.stack([row[i] for i in order]), 0)
         rows.append(sum(w * bank[i] for w, i in zip(weights, order, strict=True)))
     return torch.stack(rows)

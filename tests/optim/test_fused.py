@@ -48,7 +48,8 @@ class Run:
 
 
 def difference(one, other):
-    return max(float((p - q).norm() / q.norm()) for p, q in zip(one.weights, other.weights, strict=True))
+    pairs = zip(one.weights, other.weights, strict=True)
+    return max(float((p - q).detach().norm() / q.detach().norm()) for p, q in pairs)
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("more", [
-    {}, {"proj_type": "left"}, {"proj_type": "reverse_std", "moments": "rotate"}, {"moments": "reset", "stagger": True},
+    {}, {"proj_type": "left"}, {"proj_type": "reverse_std", "moments": "rotate"},
+    {"moments": "reset", "stagger": True},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_the_kernel_gives_the_numbers_of_plain_pytorch(kernel, counted, more, in_backward):
