@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lowrank_cli.commands import training
 
 from lowrank_cli import options
@@ -13,9 +15,9 @@ With no options: LoRA on the newest run's model, on questions made from Python's
 
 def register(app, argv) -> None:
     """Add the command to the application."""
-    options.register(app, "finetune", HELP, finetune, argv)
+    options.register(app, "finetune", HELP, partial(finetune, argv=argv), argv)
 
 
-def finetune(given, method_given, call) -> None:
+def finetune(given, method_given, call, argv=()) -> None:
     """Train and say where the result is."""
-    training.run("finetune", given, method_given, call)
+    training.run("finetune", given, method_given, call, argv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lowrank_cli.commands import training
 
 from lowrank_cli import options
@@ -13,9 +15,9 @@ With no options: the llama-9m preset on the embedded corpus, in minutes on a lap
 
 def register(app, argv) -> None:
     """Add the command to the application."""
-    options.register(app, "pretrain", HELP, pretrain, argv)
+    options.register(app, "pretrain", HELP, partial(pretrain, argv=argv), argv)
 
 
-def pretrain(given, method_given, call) -> None:
+def pretrain(given, method_given, call, argv=()) -> None:
     """Train and say where the result is."""
-    training.run("pretrain", given, method_given, call)
+    training.run("pretrain", given, method_given, call, argv)

@@ -3,26 +3,65 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lowrank_cli import config, console
 from lowrank_cli.config import Invocation, RunConfig
 from lowrank_cli.errors import FAILED, INTERRUPTED, Interrupted, LowrankError, MissingError, UsageError
-from lowrank_cli.run import RunDir
+from lowrank_cli.run import RunDir, versions
+from lowrank_cli.train import distributed
 
 # settings that change neither the weights nor their order of updates, so that a resumed run may have others
-FREE = {"plots", "log_every", "save_every", "keep", "log", "eval_every", "eval_tokens", "offline", "device"}
+FREE = {"plots", "log_every", "save_every", "keep", "log", "eval_every", "eval_tokens", "offline", "device",
+        # the total batch decides the weights, up to rounding, however it is shared
+        "batch_size", "nproc", "rank_timeout"}  # fmt: skip
 
 
-def run(command: str, given: dict[str, Any], method_given: dict[str, dict[str, Any]], call: Invocation) -> None:
-    """Train as the flags say; results on stdout if --json asks for them."""
-    console.set_level(console.QUIET if call.quiet else console.VERBOSE if call.verbose else console.NORMAL)
+def run(
+    command: str,
+    given: dict[str, Any],
+    method_given: dict[str, dict[str, Any]],
+    call: Invocation,
+    argv: Sequence[str] = (),
+) -> None:
+    """Train as the flags say, in this process, or as one of several; results on stdout if --json asks for them.
+
+    Args:
+        command: its name.
+        given: flags that were typed, by field key.
+        method_given: the same for the methods' own.
+        call: what concerns this call only.
+        argv: the arguments as they were typed, for the processes of --nproc.
+    """
+    place = distributed.Place.here()
+    if place is None:
+        _run(command, given, method_given, call, argv, None)
+        return
+    world = distributed.World(place)
+    with world.ending():
+        _run(command, given, method_given, call, argv, world)
+
+
+def _run(
+    command: str,
+    given: dict[str, Any],
+    method_given: dict[str, dict[str, Any]],
+    call: Invocation,
+    argv: Sequence[str],
+    world: distributed.World | None,
+) -> None:
+    level = console.QUIET if call.quiet else console.VERBOSE if call.verbose else console.NORMAL
+    (world or console).set_level(level)
     folder, start = find_resumed(call)
     config_file = call.config
     if folder is not None and config_file is None and call.preset is None:
         config_file = str(folder.path / "config.yaml")
     resolved = config.resolve(command, given, method_given, preset=call.preset, config_file=config_file)
+    resolved = distributed.settled(resolved, world and world.place, resuming=folder is not None)
     if call.print_config:
         print(to_yaml(resolved), end="")
         return
@@ -38,22 +77,43 @@ def run(command: str, given: dict[str, Any], method_given: dict[str, dict[str, A
         RunDir.check(call.out)
     else:
         check_same(folder, resolved)
+    if world is None and resolved.train.nproc > 1:
+        distributed.launch(resolved.train.nproc, list(argv))
+        return
     from lowrank_cli.train.finish import summary
     from lowrank_cli.train.prepare import prepare
 
+    placed = resolved
+    if world is not None:
+        device = world.place.device(resolved.common.device)
+        placed = replace(resolved, common=replace(resolved.common, device=device))
+        resumed = {"resume": str(start) if start else None, "out": call.out}
+        world.join(
+            resolved.flat() | resumed | {"versions": versions()},
+            device,
+            resolved.common.seed,
+            resolved.train.rank_timeout,
+        )
     # whatever is wrong shows here, before anything is written
-    session = prepare(resolved)
-    if folder is None:
-        folder = RunDir.create(call.out, name_of(resolved))
-        (folder.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
-    else:
-        console.log_to(folder.path / "log.txt")
-    result = train(session, resolved, folder, start)
-    line = summary(result)
-    print(json.dumps(result) if call.json else line)
+    session = prepare(placed, world)
+
+    def opened() -> RunDir:
+        if folder is not None:
+            console.log_to(folder.path / "log.txt")
+            return folder
+        made = RunDir.create(call.out, name_of(resolved))
+        (made.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
+        return made
+
+    result = train(session, resolved, opened() if world is None else world.share_folder(opened), start, world)
+    if result:
+        line = summary(result)
+        print(json.dumps(result) if call.json else line)
 
 
-def train(session: Any, resolved: RunConfig, folder: RunDir, start: Path | None) -> dict[str, Any]:
+def train(
+    session: Any, resolved: RunConfig, folder: RunDir, start: Path | None, world: distributed.World | None = None
+) -> dict[str, Any]:
     """Call the loop; run.json says how it ended, whatever happens."""
     common = {"command": resolved.command, "method": resolved.method, "seed": resolved.common.seed}
     folder.start(**common, resumed_from=str(start) if start else None)
@@ -63,7 +123,8 @@ def train(session: Any, resolved: RunConfig, folder: RunDir, start: Path | None)
     try:
         from lowrank_cli.train.loop import fit
 
-        result = fit(session, folder, resume=start)
+        with world.explaining() if world else nullcontext():
+            result = fit(session, folder, resume=start)
     except Interrupted as stop:
         folder.finish("interrupted", error=stop.message, exit_code=INTERRUPTED)
         raise
@@ -123,6 +184,8 @@ def check_same(folder: RunDir, resolved: RunConfig) -> None:
     # through today's defaults: a setting that came after the run is no difference
     began = config.resolve(resolved.command, {}, {}, config_file=str(path)).flat()
     wanted = resolved.flat()
+    for settings in (began, wanted):
+        settings["total_batch_size"] = settings["total_batch_size"] or settings["batch_size"]
     differing = [
         f"{key}: {began.get(key)} -> {wanted.get(key)}"
         for key in sorted(began | wanted)

@@ -189,6 +189,8 @@ struct Product {
       for (int j = 0; j < kWarpN / kStep; ++j) {
         nvcuda::wmma::store_matrix_sync(patch, sum[i][j], kPatchLine, nvcuda::wmma::mem_row_major);
         __syncwarp();
+        // enough loads under way at once, and no more: the sums of the other fragments need the registers
+#pragma unroll 2
         for (int element = lane; element < kStep * kStep; element += kWarp) {
           const int row = element / kStep, col = element % kStep;
           done(row0() + i * kStep + row, col0() + j * kStep + col, patch[row * kPatchLine + col]);

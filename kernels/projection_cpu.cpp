@@ -11,6 +11,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mv.h>
 
 #include <algorithm>
 
@@ -266,8 +267,14 @@ void cpu_galore_step(const std::vector<CpuLayer>& layers, const CpuCodes& codes,
 }
 
 void cpu_velora_compress(const at::Tensor& x, const at::Tensor& vector, const at::Tensor& z) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "velora_compress",
-                                  [&] { compress<scalar_t>(x, vector, z); });
+  if (x.scalar_type() == at::kFloat) {
+    // the library's product with a vector is faster than a loop over short sub-tokens
+    at::Tensor flat = z.view(-1);
+    at::mv_out(flat, x.view({-1, vector.size(0)}), vector);
+    return;
+  }
+  AT_DISPATCH_REDUCED_FLOATING_TYPES(x.scalar_type(), "velora_compress",
+                                     [&] { compress<scalar_t>(x, vector, z); });
 }
 
 void cpu_velora_step(const at::Tensor& weight, const at::Tensor& factor, const at::Tensor& vector,

@@ -161,12 +161,12 @@ def resolve(
         if key not in known:
             raise unknown("setting", key, known | {p.name for p in parts}, where.partition(" in ")[2])
 
-    if command == "finetune" and {"task", "dataset"} <= merged.keys() and merged["task"][0] not in (None, "text"):
-        if str(merged["dataset"][0]) != spec.defaults["dataset"]:
-            raise UsageError(
-                f"--task {merged['task'][0]} and --dataset {merged['dataset'][0]} both say what to train on",
-                "keep one of them; a task's files are found through --data-dir",
-            )
+    task, dataset = (merged.get(key, (None, ""))[0] for key in ("task", "dataset"))
+    if task not in (None, "text") and dataset not in (None, spec.defaults.get("dataset")):
+        raise UsageError(
+            f"--task {task} and --dataset {dataset} both say what to train on",
+            "keep one of them; a task's files are found through --data-dir",
+        )
     for cls in spec.sections.values():
         for f in offered(command, cls):
             if f.name in LINKED and key_of(f) in merged:

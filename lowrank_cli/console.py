@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-QUIET, NORMAL, VERBOSE = 0, 1, 2
+SILENT, QUIET, NORMAL, VERBOSE = -1, 0, 1, 2
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 _level = NORMAL
+_muted = False
 _log: Path | None = None
 _early: list[str] = []
 
 
 def set_level(level: int) -> None:
-    """QUIET prints only warnings and errors, VERBOSE also details."""
+    """QUIET prints only warnings and errors, VERBOSE also details, SILENT nothing."""
     global _level
     _level = level
 
@@ -42,7 +44,20 @@ def log_only(text: str) -> None:
         file.write(text + "\n")
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """Nothing is printed or logged in here: for what is done over again only to look at it."""
+    global _muted
+    before, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = before
+
+
 def _print(text: str, markup: str, level: int) -> None:
+    if _muted:
+        return
     log_only(text)
     if _level >= level:
         stderr.print(text, style=markup or None, markup=False)

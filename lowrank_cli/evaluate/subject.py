@@ -92,14 +92,12 @@ def check_fits(source: Source, dtype: torch.dtype, device: torch.device, budget:
     needed = sum(_bytes_in(path, dtype) for path in files)
     room = parse_bytes(budget) if budget else free_bytes(device)
     if needed > room:
-        where = f"--memory-budget {budget}" if budget else f"{console.human_bytes(room)} that is free on {device}"
-        ways = "--dtype bfloat16 halves it; " if dtype == torch.float32 else ""
+        where = f"--memory-budget {budget}" if budget else f"the {console.human_bytes(room)} that is free on {device}"
         raise PreflightError(
-            f"the weights of {source.name} need {console.human_bytes(needed)} in {str(dtype).removeprefix('torch.')}, "
-            f"more than the {where}" if not budget else
             f"the weights of {source.name} need {console.human_bytes(needed)}, more than {where}",
-            f"{ways}lowrank compress makes a smaller model; or take another --device",
-        )  # fmt: skip
+            ("--dtype bfloat16 halves it; " if dtype == torch.float32 else "")
+            + "lowrank compress makes a smaller model; or take another --device",
+        )
 
 
 def _bytes_in(path: Path, dtype: torch.dtype) -> int:

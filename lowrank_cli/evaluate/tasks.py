@@ -85,7 +85,7 @@ def load(names: list[str], data_dir: str | None, *, offline: bool, num_fewshot: 
     for name in names:
         manager = own if name in local else hub
         if task_of(name) not in manager.all_tasks and name not in local:
-            raise unknown_task(name, all_names())
+            raise unknown_task(name, manager.all_tasks)
         task = local.get(name) or task_of(name)
         if name in SUITES and SUITES[name].note and name in local:
             console.note(f"{name}: {SUITES[name].note}")

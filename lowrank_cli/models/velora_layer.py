@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.ops.replicas import Replicas
 from lowrank_cli.ops.velora_linear import compress, velora_linear
 
 FROZEN = ("batch_average_once", "random", "svd")
@@ -31,6 +32,7 @@ class Compressor:
         self.vector: Tensor | None = None  # (M,), float32
         self.users = 0  # linears that call this with the same tensor
         self._last: tuple[weakref.ref, Tensor, int] | None = None  # the tensor, its compressed form, calls to come
+        self.replicas: Replicas | None = None  # processes that have to find the same vector
 
     @property
     def is_frozen(self) -> bool:
@@ -55,9 +57,11 @@ class Compressor:
             generator = torch.Generator().manual_seed(self.seed)
             vector = torch.randn(subtokens.shape[1], generator=generator).to(x.device)
         elif self.init == "svd":
-            vector = torch.linalg.eigh(subtokens.mT @ subtokens).eigenvectors[:, -1]
+            vector = torch.linalg.eigh(self._total(subtokens.mT @ subtokens)).eigenvectors[:, -1]
+            if self.replicas is not None:
+                self.replicas.broadcast_([vector])
         else:
-            vector = subtokens.mean(0)
+            vector = self._mean(subtokens)
             if self.init.startswith("ema_") and self.vector is not None:
                 decay = float(self.init.removeprefix("ema_"))
                 vector = decay * self.vector + (1 - decay) * nn.functional.normalize(vector, dim=0)
@@ -65,6 +69,19 @@ class Compressor:
         # an input of zeros has no direction: all features alike
         flat = torch.full_like(vector, vector.numel() ** -0.5)
         return torch.where(norm > 0, vector / norm, flat)
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.replicas is not None:
+            self.replicas.sum_([tensor])
+        return tensor
+
+    def _mean(self, subtokens: Tensor) -> Tensor:
+        """The mean over all sub-tokens of all processes: normalised means of each would not be that of the batch."""
+        if self.replicas is None:
+            return subtokens.mean(0)
+        total = self._total(torch.cat([subtokens.sum(0), subtokens.new_tensor([len(subtokens)])]))
+        return total[:-1] / total[-1]
 
 
 class VeLoRA:

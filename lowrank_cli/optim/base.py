@@ -286,19 +286,31 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _refresh(self, p: Tensor, state: dict, group: dict) -> None:
         """New bases from the full gradient, and when the next ones are due."""
-        gap = state.get("gap", group["update_proj_gap"])
+        self.adopt(p, *self.find_bases(p, console.warn))
+
+    def find_bases(self, p: Tensor, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], bool, bool]:
+        """What a refresh of a projected parameter finds in its full gradient; `adopt` takes it.
+
+        Args:
+            p: its `.grad` is there.
+            warn: told if an old basis has to stay.
+        Returns:
+            The new bases, whether the gradient has any direction, and whether the bases have hardly moved.
+        Raises:
+            FloatingPointError: the gradient is not finite.
+        """
+        state, group = self.state[p], self.projected[p]
         place, name = self.places[p]
         self._tell(group["refresh"])
         if p.grad is None:
             raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
         grad = self._direction(p).dense(p.grad) if p in self.normalised else p.grad
-        alive, calm, change = bool(grad.any()), True, {}
-        state["refreshes"] = state.get("refreshes", 0) + 1
+        bases, calm = {}, True
         for side in self.sides[p]:
             old = state.get(f"basis_{side}")
             matrix, stands = unfold(grad, side)
-            seed = zlib.crc32(f"{place} {side} {state['refreshes']}".encode())
-            new = find_basis(
+            seed = zlib.crc32(f"{place} {side} {state.get('refreshes', 0) + 1}".encode())
+            bases[side] = find_basis(
                 matrix,
                 group["rank"],
                 stands,
@@ -307,11 +319,23 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 seed=seed,
                 name=name,
                 keep_signs=group["moments"] == "align",
-                warn=console.warn,
+                warn=warn,
             )
             if old is not None:
+                calm = calm and overlap(bases[side], old) >= CALM_OVERLAP
+        self._refreshed = time.monotonic()
+        return bases, bool(grad.any()), calm
+
+    def adopt(self, p: Tensor, bases: dict[str, Tensor], alive: bool, calm: bool) -> None:
+        """Takes the result of `find_bases`: bases, moments and the clock of the next refresh."""
+        state, group = self.state[p], self.projected[p]
+        gap, place = state.get("gap", group["update_proj_gap"]), self.places[p][0]
+        state["refreshes"] = state.get("refreshes", 0) + 1
+        change = {}
+        for side, new in bases.items():
+            old = state.get(f"basis_{side}")
+            if old is not None:
                 change[side] = old.float().mT @ new.float()  # (r, r)
-                calm = calm and overlap(new, old) >= CALM_OVERLAP
             state[f"basis_{side}"] = new
         if change and group["moments"] == "reset":
             del state["step"]
@@ -329,7 +353,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         # staggered: the first refresh is everyone's, the second spreads them over the gap
         spread = 1 + place * gap // len(self.places) if group["stagger"] and not change else gap
         state["until_refresh"] = spread
-        self._refreshed = time.monotonic()
 
     def _tell(self, engine: str) -> None:
         """A line every few seconds while a long series of refreshes runs: an exact SVD of a 7B model takes minutes."""

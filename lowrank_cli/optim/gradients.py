@@ -60,6 +60,9 @@ class Gradients:
         self.zeros.clear()
         self._pending.clear()
 
+    def reduce(self) -> None:
+        """All micro-batches have had their backward. With several processes their sums are made here."""
+
     def norm(self) -> Tensor:
         """The global norm of the update's gradients, clipped to the limit."""
         left = [p.grad for p in self.groups if p.grad is not None]
@@ -97,8 +100,11 @@ class Gradients:
 
     def _complete(self, p: Tensor) -> None:
         """Step within backward, if this was the last micro-batch and nobody waits for the norm."""
-        if not self.last or self.clipping:
-            return
+        if self.last and not self.clipping:
+            self._take(p)
+
+    def _take(self, p: Tensor) -> None:
+        """The step of one tensor within backward, after which its gradient is gone."""
         if self.measuring:
             grad = self.buffers.get(p, p.grad)
             if not bool(grad.any()):

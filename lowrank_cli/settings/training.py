@@ -94,7 +94,11 @@ class TrainConfig:
     epochs: float | None = option(None, "passes over the dataset", above=0)
     batch_size: int = option(16, "sequences in one forward pass on one device", min=1)
     total_batch_size: int | None = option(
-        None, "sequences in one update; more than a batch accumulates gradients", min=1
+        None, "sequences in one update on all devices; more than a batch accumulates gradients", min=1
+    )
+    nproc: int = option(1, "processes on this machine, one for each GPU; several machines take torchrun", min=1)
+    rank_timeout: int = option(
+        1800, "seconds after which a process that does not answer the others ends the run", min=1
     )
     log_every: int = option(10, "updates between metric lines", min=1)
     save_every: int | None = option(None, "updates between checkpoints; a quarter of the run unless given", min=1)

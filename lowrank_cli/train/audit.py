@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.ops.replicas import Replicas
 
 # elements of a tensor that are compared before and after the first update
 SAMPLE = 1 << 16
@@ -102,6 +103,17 @@ class Snapshot:
                 f"{len(rounded)} tensors did not change in the first update ({rounded[0]} is one): a step of this "
                 "learning rate rounds to nothing there; --dtype float32 would train them from the first step"
             )
+
+
+def check_replicas(replicas: Replicas, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Every rank has the same bits in every trained weight; raises LowrankError with the first that differs."""
+    pairs = named(optimizer)
+    place = replicas.first_difference(p for _, p in pairs)
+    if place is not None:
+        raise LowrankError(
+            f"the ranks have different weights in {pairs[place][0]} after step {step}",
+            "go on from the last checkpoint, with the same hardware and versions on every rank",
+        )
 
 
 def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import Interrupted, LowrankError
+from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.optim import schedule
 from lowrank_cli.optim.gradients import Gradients
+from lowrank_cli.optim.replicated_gradients import ReplicatedGradients
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
-from lowrank_cli.train.metrics import Reporter
+from lowrank_cli.train.metrics import Follower, Reporter
 from lowrank_cli.train.objective import Causal, is_better, mean_line
 from lowrank_cli.train.setup import adapter_of
 
@@ -41,6 +43,7 @@ class Session:
     targets: list[dict[str, Any]]
     objective: Causal = field(default_factory=Causal)
     base: str = ""  # where an adapter's base model is
+    replicas: Alone = field(default_factory=Alone)  # the processes that train it
     run: RunDir | None = None
     progress: checkpoint.Progress = field(default_factory=checkpoint.Progress)
     rng: dict[str, Any] = field(default_factory=dict)
@@ -64,9 +67,13 @@ class Session:
         for m in self.parts:
             m.load_state(self.model, {k.partition("|")[2]: v for k, v in states.items() if k.startswith(f"{m.name}|")})
 
-    def save(self) -> Path:
-        """Write a checkpoint of the last whole update."""
-        return checkpoint.save(
+    def save(self) -> None:
+        """Write a checkpoint of the last whole update, from one process; the replicas have to be the same."""
+        if self.replicas.world_size > 1:
+            audit.check_replicas(self.replicas, self.optimizer, self.progress.step)
+        if not self.replicas.is_main:
+            return
+        checkpoint.save(
             self.run.checkpoints,
             model=self.model,
             tokenizer=self.data.tokenizer,
@@ -97,9 +104,11 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
     Raises:
         LowrankError: the loss is not finite, nothing would train, or a file could not be written.
         Interrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+        LostRank: another process does not answer.
     """
-    config, session.run = session.config, run
-    write_json(run.path / "targets.json", session.targets)
+    config, session.run, replicas = session.config, run, session.replicas
+    if replicas.is_main:
+        write_json(run.path / "targets.json", session.targets)
     run.update(
         parameters=sum(p.numel() for p in session.model.parameters()),
         trainable_parameters=sum(p.numel() for g in session.optimizer.param_groups for p in g["params"]),
@@ -119,19 +128,22 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         min_lr_ratio=config.optim.min_lr_ratio,
         num_cycles=config.optim.num_cycles,
     )
-    drawing = plots.Drawing(run) if config.train.plots else None
-    gradients = Gradients(
-        session.model, session.optimizer, per_layer=config.optim.per_layer, clipping=config.optim.grad_clipping
-    )
+    drawing = plots.Drawing(run) if config.train.plots and replicas.is_main else None
+    how = {"per_layer": config.optim.per_layer, "clipping": config.optim.grad_clipping}
+    if replicas.world_size == 1:
+        gradients = Gradients(session.model, session.optimizer, **how)
+    else:
+        gradients = ReplicatedGradients(session.model, session.optimizer, **how, replicas=replicas)
     session.mark()
-    reporter = Reporter(
+    reporter = (Reporter if replicas.is_main else Follower)(
         run, config, total=steps.steps, progress=progress, device=session.device, causal=session.objective.causal
     )
-    with reporter as report, Stop() as stop:
+    with reporter as report, Stop(replicas) as stop:
         if progress.step == 0:
             evaluate(session, report, stop)
         for step in range(progress.step + 1, steps.steps + 1):
-            stop.check(session)
+            stop.check_all(session)
+            replicas.begin(step)
             for group in session.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor(step)
             reporting = step % config.train.log_every == 0 or step in (1, steps.steps)
@@ -143,6 +155,7 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
                 loss, tokens = backward(session, gradients, stop)
                 for part in session.parts:
                     part.before_step(session.model)
+                gradients.reduce()
                 grad_norm = clip(session, gradients)
                 gradients.step()
             except FloatingPointError as error:
@@ -154,6 +167,8 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
             session.mark()
             report.advance()
             if reporting:
+                if replicas.world_size > 1:
+                    extra["sent_bytes"] = replicas.sent_bytes
                 report.training(loss=loss, lr=session.optimizer.param_groups[0]["lr"], grad_norm=grad_norm, **extra)
             with report.paused():
                 if evaluating:
@@ -169,26 +184,29 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         gradients.close()
         if drawing:
             drawing.finish()
-        return finish.finish(session)
+        return finish.finish(session) if replicas.is_main else {}
 
 
 def backward(session: Session, gradients: Gradients, stop: Stop) -> tuple[float, int]:
     """Gradients of one update over its micro-batches; returns the mean loss and the number of its tokens."""
-    batches = session.data.train.next_update()
+    batches, objective, replicas = session.data.train.next_update(), session.objective, session.replicas
+    targets, tokens = map(int, replicas.numbers(objective.targets(batches), objective.tokens(batches)))
     # every micro-batch is divided by the update's own number of targets, so accumulation is exact
-    targets = max(1, session.objective.targets(batches))
+    targets = max(1, targets)
     total: Tensor | float = 0.0
     for i, batch in enumerate(batches):
         stop.check(session)
         batch = {key: value.to(session.device, non_blocking=True) for key, value in batch.items()}
-        loss = session.objective.loss(session.model, batch, targets)
+        loss = objective.loss(session.model, batch, targets)
         total = total + loss.detach()
         gradients.last = i == len(batches) - 1
-        # the one synchronisation of an update, before anything can step: a broken loss never reaches the weights
-        if gradients.last and not math.isfinite(float(total)):
-            raise not_finite(session, f"the loss is {float(total)}")
+        if gradients.last:
+            # the one synchronisation of an update, before anything can step: a broken loss never reaches the weights
+            (total,) = replicas.numbers(float(total))
+            if not math.isfinite(total):
+                raise not_finite(session, f"the loss is {total}")
         loss.backward()
-    return float(total), session.objective.tokens(batches)
+    return total, tokens
 
 
 def clip(session: Session, gradients: Gradients) -> float | None:
@@ -218,10 +236,14 @@ def not_finite(session: Session, what: str) -> LowrankError:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once."""
+    """Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once.
 
-    def __init__(self):
+    Of several processes one that is asked is enough; all end after the same update.
+    """
+
+    def __init__(self, replicas: Alone):
         self.asked: str | None = None
+        self.replicas = replicas
 
     def __enter__(self) -> Stop:
         self.previous = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -236,26 +258,42 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
-        console.note(f"{self.asked}: saving a checkpoint; once more to stop without")
+        if self.replicas.world_size == 1:
+            console.note(f"{self.asked}: saving a checkpoint; once more to stop without")
 
     def check(self, session: Session) -> None:
         """Between two micro-batches: save the last whole update and end, if that was asked for."""
-        if self.asked:
-            broken = audit.first_non_finite(session.model, weights_only=True)
-            if broken:
-                raise not_finite(session, "asked to stop, but the weights are broken")
-            path = session.save() if session.progress.step else None
-            raise Interrupted(
-                f"stopped by {self.asked} after step {session.progress.step} of {session.plan.steps}",
-                f"go on with: lowrank {session.config.command} --resume {session.run.path}"
-                if path
-                else "nothing was trained yet",
-            )
+        if self.asked and self.replicas.world_size == 1:
+            self._end(session)
+
+    def check_all(self, session: Session) -> None:
+        """Between two updates, where all processes meet: the same, if any of them was asked."""
+        if self.replicas.world_size == 1:
+            self.check(session)
+        elif self.replicas.numbers(self.asked is not None)[0]:
+            self.asked = self.asked or "a signal to another rank"
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        broken = audit.first_non_finite(session.model, weights_only=True)
+        if broken:
+            raise not_finite(session, "asked to stop, but the weights are broken")
+        step = session.progress.step
+        if step:
+            session.save()
+        raise Interrupted(
+            f"stopped by {self.asked} after step {step} of {session.plan.steps}",
+            f"go on with: lowrank {session.config.command} --resume {session.run.path}"
+            if step
+            else "nothing was trained yet",
+        )
 
 
 def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     """An evaluation, reported and remembered; of a task, the best weights so far are kept on disk."""
-    values = session.objective.evaluate(session.model, session.data, between=lambda: stop.check(session))
+    values = session.objective.evaluate(
+        session.model, session.data, between=lambda: stop.check(session), replicas=session.replicas
+    )
     progress = session.progress
     progress.evaluation = values
     report.evaluation(values, mean_line(values))
@@ -264,7 +302,7 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     metric, higher = session.objective.best
     if is_better(values[metric], progress.best.get(metric), higher):
         progress.best, progress.worse = {**values, "step": progress.step}, 0
-        if session.config.task.keep_best:
+        if session.config.task.keep_best and session.replicas.is_main:
             checkpoint.save_best(session.run.path / "best", session.model, session.method_states())
     else:
         progress.worse += 1

@@ -206,6 +206,22 @@ class Reporter:
         self.clock = time.monotonic()
 
 
+class Follower(Reporter):
+    """What a rank reports that is not the first: nothing. It keeps the clock, as every rank's progress does."""
+
+    def __init__(self, run: RunDir, config: RunConfig, *, progress: Any, **_: Any):
+        self.progress, self.bar = progress, None
+
+    def __exit__(self, *_) -> None:
+        """There is nothing to close."""
+
+    def training(self, **_: Any) -> None:
+        """Rank 0 does it."""
+
+    def evaluation(self, values: dict[str, float], line: str) -> None:
+        """Rank 0 does it."""
+
+
 def peak_memory(device: torch.device) -> int:
     """The most memory held so far, in bytes: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank_cli.evaluate.classification import label_loss
-from lowrank_cli.evaluate.perplexity import perplexity
+from lowrank_cli.evaluate.perplexity import Perplexity, perplexity
 from lowrank_cli.evaluate.supervised import evaluate as supervised
+from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.models.forward import causal_lm_loss
 
 Batch = dict[str, Tensor]
@@ -36,11 +38,19 @@ class Causal:
         """This micro-batch's share of the mean, a float32 scalar."""
         return causal_lm_loss(model, batch, targets)
 
-    def evaluate(self, model: nn.Module, data: Any, between: Callable[[], None]) -> dict[str, float]:
-        """What the validation batches give: loss in nats a token, perplexity and tokens; the metrics of a task."""
+    def evaluate(self, model: nn.Module, data: Any, between: Callable[[], None], replicas: Alone) -> dict[str, float]:
+        """What the validation batches give: loss in nats a token, perplexity and tokens; the metrics of a task.
+
+        Several processes share the batches of running text; a task, whose metrics are no means, is rank 0's.
+        """
         if hasattr(data, "kind"):
-            return supervised(model, data, between)
-        result = perplexity(model, data.validation(), between=between)
+            values = supervised(model, data, between) if replicas.is_main else {}
+            return replicas.told(values)
+        batches = islice(data.validation(), replicas.rank, None, replicas.world_size)
+        result = perplexity(model, batches, between=between)
+        if replicas.world_size > 1:
+            total, tokens = replicas.numbers(result.loss * result.tokens, result.tokens)
+            result = Perplexity(total / max(1.0, tokens), int(tokens))
         return {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,9 @@ from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.source import locate
+from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.train import audit, plan
+from lowrank_cli.train.distributed import World
 from lowrank_cli.train.loop import Session
 from lowrank_cli.train.metrics import check_sinks
 from lowrank_cli.train.objective import objective
@@ -23,12 +26,17 @@ from lowrank_cli.train.setup import adapter_of, apply_methods
 RUNNING_TEXT = "text"  # the task whose data is documents, not prompts and responses
 
 
-def prepare(config: RunConfig) -> Session:
+def prepare(config: RunConfig, world: World | None = None) -> Session:
     """Data, model, methods and optimizer of a run, with the table of what is trained how.
 
     Whatever is wrong with the configuration, the data or the model is found here, before a run folder is made.
+
+    Args:
+        config: the configuration; with several processes the same on each but for the device.
+        world: the processes, if there are several.
     """
     console.quiet_libraries()
+    replicas = Alone() if world is None else world.replicas
     torch.manual_seed(config.common.seed)
     random.seed(config.common.seed)
     device = models.device_of(config.common.device)
@@ -36,13 +44,18 @@ def prepare(config: RunConfig) -> Session:
     check_sinks(config.train.log)
     plan.check(config)
     supervised = config.task is not None and config.task.task != RUNNING_TEXT
-    batches, model, base = (labelled if supervised else running_text)(config, device, dtype)
+    batches, model, base = (labelled if supervised else running_text)(config, device, dtype, world)
     parts, groups = apply_methods(config, model)
     if config.task is not None:
         check_task(config, adapter_of(parts) is not None)
     targets = audit.targets(model, groups)
     audit.show_targets(targets, config.method)
-    optimizer = optim.build(config.optim, groups)
+    with ahead(world, "kernel"):
+        optimizer = optim.build(config.optim, groups)
+    if world:
+        # the seed gives them the same weights already; other versions of a library may not
+        replicas.broadcast_([p for group in optimizer.param_groups for p in group["params"]])
+        world.agree("kernels", {"kernel": [group.get("kernel") for group in optimizer.param_groups]})
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     model.train()
@@ -57,26 +70,31 @@ def prepare(config: RunConfig) -> Session:
         targets=targets,
         objective=objective(batches),
         base=base,
+        replicas=replicas,
     )
 
 
-def running_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module, str]:
+def running_text(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, world: World | None
+) -> tuple[Any, nn.Module, str]:
     """Documents as blocks of tokens, a causal language model, and where its weights came from."""
     scratch = config.command == "pretrain" and config.model.continue_from is None
     if scratch:
         # whether the shape makes sense is known before the text is read
         models.build_config(config.model, vocab_size=config.data.vocab_size, max_length=config.data.max_length)
     packing = config.data.packing if config.command == "pretrain" else "packed"
-    batches = data.build(
-        replace(config.data, packing=packing),
-        batch_size=config.train.batch_size,
-        total_batch_size=plan.total_batch_size(config),
-        eval_tokens=config.eval.eval_tokens,
-        seed=config.common.seed,
-        offline=config.common.offline,
-        tokenizer_fallback=None if scratch else models.tokenizer_of(config.model),
-        status=console.note,
-    )
+    with ahead(world, "data"):
+        batches = data.build(
+            replace(config.data, packing=packing),
+            batch_size=config.train.batch_size,
+            total_batch_size=plan.total_batch_size(config),
+            eval_tokens=config.eval.eval_tokens,
+            seed=config.common.seed,
+            offline=config.common.offline,
+            tokenizer_fallback=None if scratch else models.tokenizer_of(config.model),
+            status=console.note,
+            **share(world),
+        )
     tokens = batches.tokenizer
     architecture = (
         models.build_config(
@@ -103,7 +121,9 @@ def running_text(config: RunConfig, device: torch.device, dtype: torch.dtype) ->
     return batches, model, "" if scratch else locate(config.model, offline=config.common.offline).name
 
 
-def labelled(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module, str]:
+def labelled(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, world: World | None
+) -> tuple[Any, nn.Module, str]:
     """Records of a task as batches, the model with the head that the task needs, and where its weights came from."""
     from lowrank_cli.data import supervised
     from lowrank_cli.data.tokenizer import named_tokenizer
@@ -114,17 +134,19 @@ def labelled(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tup
     if name is None:
         raise UsageError(f"{source.name} brings no tokenizer", "name the one that it was trained with: --tokenizer")
     tokenizer = named_tokenizer(name, offline=offline)
-    batches = supervised.build(
-        config.data,
-        config.task,
-        batch_size=config.train.batch_size,
-        total_batch_size=plan.total_batch_size(config),
-        eval_tokens=config.eval.eval_tokens,
-        seed=config.common.seed,
-        offline=offline,
-        tokenizer=tokenizer,
-        status=console.note,
-    )
+    with ahead(world, "data"):
+        batches = supervised.build(
+            config.data,
+            config.task,
+            batch_size=config.train.batch_size,
+            total_batch_size=plan.total_batch_size(config),
+            eval_tokens=config.eval.eval_tokens,
+            seed=config.common.seed,
+            offline=offline,
+            tokenizer=tokenizer,
+            status=console.note,
+            **share(world),
+        )
     head = None
     if batches.kind != "causal":
         head = models.Head(
@@ -142,6 +164,16 @@ def labelled(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tup
     )
     models.check_vocabulary(model, tokenizer)
     return batches, model, source.name
+
+
+def ahead(world: World | None, what: str) -> AbstractContextManager:
+    """Work whose result the other processes of a machine find in the cache."""
+    return nullcontext() if world is None else world.first_on_node(what)
+
+
+def share(world: World | None) -> dict[str, int]:
+    """Which part of every update is this process's."""
+    return {} if world is None else {"rank": world.place.rank, "world_size": world.place.world_size}
 
 
 def check_task(config: RunConfig, adapter: bool) -> None:

@@ -82,6 +82,7 @@ def compare_case(case: Case, repeats: int, steps: int) -> list[Comparison]:
     bases = None if case.decompose else [random_basis(min(shape), case.rank) for shape in case.shapes]
     sides = {
         "ours": our_step(grads, bases, case),
+        "weight norm": our_step(grads, bases, case, weight_norm="exact"),
         "galore-torch": peer_step(grads, bases, case),
         "AdamW fused": torch.optim.AdamW(weights_of(grads), lr=LR, fused=True).step,
         "two products": products(grads, case.rank),
@@ -111,6 +112,13 @@ def compare_case(case: Case, repeats: int, steps: int) -> list[Comparison]:
             times["two products"],
             Bar(1.15, at_most=True),
         ),
+        Comparison(
+            "optimizer_step",
+            f"time with weight_norm, without: {case.name}",
+            "ms",
+            times["weight norm"],
+            times["ours"],
+        ),
     ]
 
 
@@ -139,9 +147,10 @@ def random_basis(size: int, rank: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, rank)).Q
 
 
-def our_step(grads: list[Tensor], bases: list[Tensor] | None, case: Case) -> Callable[[], object]:
+def our_step(grads: list[Tensor], bases: list[Tensor] | None, case: Case, **tags: str) -> Callable[[], object]:
     """The step of lowrank's optimizer; given bases go into its state as it keeps them itself."""
-    optimizer = GaLoreAdamW(group_of(weights_of(grads), case.rank), lr=LR)
+    (group,) = group_of(weights_of(grads), case.rank)
+    optimizer = GaLoreAdamW([group | tags], lr=LR)
     for weight, basis in zip(optimizer.param_groups[0]["params"], bases or [], strict=bases is not None):
         m, n = weight.shape
         low_rank = (m, case.rank) if m >= n else (case.rank, n)

@@ -20,6 +20,7 @@ def test_smoke_compares_every_bench_with_its_peers(tmp_path):
         "refresh",
         "block",
         "velora",
+        "vblora",
         "end_to_end",
         "evaluation",
     }

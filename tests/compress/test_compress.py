@@ -298,8 +298,8 @@ def test_from_file_to_file_needs_less_than_two_layers_of_memory(tmp_path):
     for model in (small, large):
         out = tmp_path / f"{model.name}-out"
         done = subprocess.run(
-            [sys.executable, "-c", script, "compress", "--model", str(model), "--welore-rank", "50", "--eval-tokens", "0",
-             "--welore-allocation", "uniform", "--no-plots", "--json", "--out", str(out)],
+            [sys.executable, "-c", script, "compress", "--model", str(model), "--welore-rank", "50",
+             "--welore-allocation", "uniform", "--eval-tokens", "0", "--no-plots", "--json", "--out", str(out)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks[model.name] = int(done.stdout.strip().splitlines()[-1])

@@ -139,6 +139,7 @@ def test_gradients_pass_through_a_four_bit_base_after_an_evaluation(base):
     ("more", "code", "message"),
     [
         (["--task", "mrcp"], 2, "did you mean"),
+        (["--task", "mrpc", "--dataset", "x.json"], 2, "both say what to train on"),
         (["--method", "full", "--quantize", "nf4"], 2, "take a method that trains an adapter"),
         (["--method", "lora", "--lora-target-modules", "q_prj"], 2, "did you mean 'q_proj'"),
         (["--model", "nowhere/at/all"], 4, "no folder nowhere/at/all"),
@@ -149,7 +150,8 @@ def test_gradients_pass_through_a_four_bit_base_after_an_evaluation(base):
 )
 def test_bad_input_is_one_clear_error(more, code, message, lowrank, base, records):
     known = ["--model", str(base)] if "--model" not in more else []
-    found, _, err = lowrank("finetune", *known, "--dataset", str(records), *more, "--max-steps", 1, "--out", "run")
+    known += ["--dataset", str(records)] if "--task" not in more else []
+    found, _, err = lowrank("finetune", *known, *more, "--max-steps", 1, "--out", "run")
     assert found == code, err
     assert message in err
     assert not Path("run").exists()

@@ -26,6 +26,10 @@ def compressed(lowrank, stories) -> Path:
     return Path("small/model")
 
 
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
 FLAGS = ("--max-length", 64, "--batch-size", 4, "--eval-tokens", 500, "--log-every", 1, "--no-plots")
 
 
@@ -65,10 +69,10 @@ def test_a_dense_model_has_nothing_to_train(lowrank, stories, news):
 def test_trains_the_low_rank_components_only(norms, lowrank, compressed, news):
     more = ["--welore-train-norms"] if norms else []
     finetune(
-        lowrank, compressed, "--method", "welore", "--task", "text", "--dataset", news, "--max-steps", 3, "--lr", 0.01, "--json",
-        "--out", "run", *more,
+        lowrank, compressed, "--method", "welore", "--task", "text", "--dataset", news, "--max-steps", 3,
+        "--lr", 0.01, "--json", "--out", "run", *more,
     )  # fmt: skip
-    before, after = load_file(compressed / "model.safetensors"), load_file("run/model/model.safetensors")
+    before, after = tensors_of(compressed), tensors_of(Path("run/model"))
     assert set(before) == set(after)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     factors = {name for name in before if name.endswith((".A.weight", ".B.weight"))}
@@ -110,9 +114,9 @@ def test_learns_and_resumes_bit_for_bit(lowrank, compressed, news):
 @pytest.mark.parametrize("method", ["welore+galore", "welore+velora"])
 def test_combines_with(method, lowrank, compressed, news):
     more = ["--galore-rank", 2] if "galore" in method else ["--velora-layers", "*.B"]
-    finetune(lowrank, compressed, "--method", method, *more, "--task", "text", "--dataset", news, "--max-steps", 2, "--lr", 0.01,
-             "--out", "run")  # fmt: skip
-    before, after = load_file(compressed / "model.safetensors"), load_file("run/model/model.safetensors")
+    finetune(lowrank, compressed, "--method", method, *more, "--task", "text", "--dataset", news, "--max-steps", 2,
+             "--lr", 0.01, "--out", "run")  # fmt: skip
+    before, after = tensors_of(compressed), tensors_of(Path("run/model"))
     frozen = [n for n in before if not n.endswith((".A.weight", ".B.weight"))]
     assert all(torch.equal(before[n], after[n]) for n in frozen)
     assert any(not torch.equal(before[n], after[n]) for n in before)

@@ -1,0 +1,218 @@
+"""Updates of a run, carried out on the meta device: the run's own model, methods, loss, optimizer and order of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli import optim
+from lowrank_cli.config import OptimConfig
+from lowrank_cli.memory.stand_ins import RealKernels, fused_adamw_
+from lowrank_cli.memory.tracker import (
+    ACTIVATIONS,
+    BASES,
+    CUDA_BLOCK,
+    GRADIENTS,
+    LOSS,
+    MOMENTS,
+    REFRESH,
+    TEMPORARY,
+    WEIGHTS,
+    Peak,
+    Tracker,
+)
+from lowrank_cli.methods import Method
+from lowrank_cli.optim.gradients import Gradients
+
+Batch = dict[str, Tensor]
+
+# updates that differ: states do not exist yet; they do; and every basis is due again
+FIRST, ORDINARY, REFRESHING = "first update", "update", "update with a refresh"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model on the meta device with its methods in it, and the groups that they have tagged."""
+
+    model: nn.Module
+    methods: list[Method]
+    groups: list[dict]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides the memory of an update.
+
+    Attributes:
+        parts: makes the parts of the run, with so many layers, or all of them for None.
+        loss: of a model and a batch, as the training loop computes it.
+        batch: a micro-batch on the meta device.
+        passes: micro-batches in an update.
+        optim: settings of the optimizer.
+        device: "cpu" or "cuda", which the run is for.
+        refreshes: whether the run is long enough for a second refresh of the bases.
+        sampled: elements of each trainable tensor that the loop copies during the first update.
+    """
+
+    parts: Callable[[int | None], Parts]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    batch: Batch
+    passes: int
+    optim: OptimConfig
+    device: str = "cpu"
+    refreshes: bool = True
+    sampled: int = 0
+
+
+@dataclass
+class _Simulation:
+    run: Run
+    parts: Parts
+    tracker: Tracker
+    layers: list[nn.Module]
+    trained: list[Tensor] = field(default_factory=list)
+
+
+def simulate(run: Run, parts: Parts) -> list[Peak]:
+    """The peaks of a run's updates, part by part; names are (kind of update, part, layer or -1).
+
+    Args:
+        run: what decides the memory.
+        parts: of `run.parts`; its model and groups are used up.
+    """
+    on_cuda = run.device == "cuda"
+    tracker = Tracker(block=CUDA_BLOCK if on_cuda else 1, on_cuda=on_cuda)
+    model, layers = parts.model, layers_of(parts.model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tracker.label(tensor, WEIGHTS)
+    for name, buffer in model.named_buffers():
+        if name.endswith("accumulated"):
+            tracker.label(buffer, GRADIENTS)
+    sim = _Simulation(run, parts, tracker, layers)
+    optimizer = optim.build(replace(run.optim, kernel="torch"), parts.groups)
+    fused_adamw_(optimizer)
+    sim.trained = [p for group in optimizer.param_groups for p in group["params"]]
+    # before those of Gradients, which may free what arrives
+    for p in sim.trained:
+        p.register_post_accumulate_grad_hook(lambda p: tracker.label(p.grad, GRADIENTS))
+    _watch(sim)
+    gradients = Gradients(model, optimizer, per_layer=run.optim.per_layer, clipping=run.optim.grad_clipping)
+    projected = getattr(optimizer, "projected", {})
+    if projected:
+        _watch_refresh(optimizer, tracker)
+    kinds = [FIRST, ORDINARY, *([REFRESHING] if run.refreshes and projected else [])]
+    model.train()
+    for kind in kinds:
+        if kind == REFRESHING:
+            # staggered, they are due one by one
+            due = [max(projected, key=torch.numel)] if any(g["stagger"] for g in projected.values()) else projected
+            for p in due:
+                optimizer.state[p]["until_refresh"] = 0
+        _update(sim, kind, optimizer, gradients)
+    return tracker.peaks()
+
+
+def _update(sim: _Simulation, kind: str, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
+    run, tracker, model = sim.run, sim.tracker, sim.parts.model
+    # after two micro-batches the third finds what the second found
+    passes = min(run.passes, 2)
+    with tracker, RealKernels(run.device):
+        tracker.mark(kind, "start", -1)
+        tracker.phase = TEMPORARY
+        sampled = [p.detach().flatten()[: run.sampled].clone() for p in sim.trained] if kind == FIRST else []
+        gradients.begin(measuring=True)
+        for index in range(passes):
+            gradients.last = index == passes - 1
+            tracker.mark(kind, f"forward {index}", -1)
+            sim.current = (kind, index)
+            tracker.phase = ACTIVATIONS
+            batch = {key: torch.empty_like(value) for key, value in run.batch.items()}
+            loss = run.loss(model, batch)
+            tracker.phase = TEMPORARY
+            tracker.mark(kind, f"backward {index}", -1)
+            # not the method of the tensor: it would turn the function mode off
+            torch.autograd.backward(loss)
+            del loss, batch
+            for held in ("low_rank_grads", "magnitude_grads"):
+                for buffer in getattr(optimizer, held, {}).values():
+                    tracker.label(buffer, GRADIENTS)
+        tracker.mark(kind, "step", -1)
+        for part in sim.parts.methods:
+            part.before_step(model)
+        for p in sim.trained:
+            tracker.label(p.grad, GRADIENTS)
+        gradients.norm()
+        gradients.step()
+        for part in sim.parts.methods:
+            part.after_step(model, 1)
+        del sampled
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            tracker.label(value, BASES if key.startswith("basis_") else MOMENTS)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder or encoder layers: the list of as many modules as the configuration says; empty if there is none."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return list(lists[0]) if lists else []
+
+
+def _watch(sim: _Simulation) -> None:
+    """Mark where layers begin and end, forward and backward, and where the loss takes over from the model's body."""
+    tracker, base = sim.tracker, sim.parts.model.base_model
+
+    def in_backward() -> bool:
+        return torch._C._current_graph_task_id() != -1
+
+    def mark(part: str, index: int) -> None:
+        kind, number = sim.current
+        tracker.mark(kind, f"{part} {number}", index)
+
+    def enter(index: int):
+        def hook(module, args):
+            # a recomputation inside backward keeps activations for a moment
+            tracker.phase = ACTIVATIONS
+            if not in_backward():
+                mark("forward", index)
+
+        return hook
+
+    def leave(index: int):
+        def hook(module, args, output):
+            if in_backward():
+                tracker.phase = TEMPORARY
+                return
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and first.requires_grad:
+                first.register_hook(lambda grad: mark("backward", index))
+
+        return hook
+
+    for index, layer in enumerate(sim.layers):
+        layer.register_forward_pre_hook(enter(index))
+        layer.register_forward_hook(leave(index))
+
+    def enter_loss(module, args, output):
+        mark("loss", -1)
+        tracker.phase = LOSS
+
+    if base is not sim.parts.model:
+        base.register_forward_hook(enter_loss)
+
+
+def _watch_refresh(optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
+    """Give the refresh's temporaries their own label, and the basis that it makes."""
+    plain = optimizer._refresh
+
+    def refresh(p: Tensor, state: dict, group: dict) -> None:
+        with tracker.during(REFRESH):
+            plain(p, state, group)
+        for key, value in state.items():
+            if key.startswith("basis_"):
+                tracker.label(value, BASES)
+
+    optimizer._refresh = refresh
