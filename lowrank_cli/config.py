@@ -180,7 +180,7 @@ def resolve(
         # by its own name, since runs/latest will point at another run soon
         merged["model"], model = (str(newest), "--model"), str(newest)
     for part in parts:
-        for key, value in part.defaults.items():
+        for key, value in part.defaults_for(command).items():
             merged.setdefault(key, (value, f"default of {part.name}"))
         for key, value in part.presets.get(model, {}).items():
             method_merged.setdefault(part.name, {}).setdefault(key, (value, f"{part.name}'s default for {model}"))

@@ -103,7 +103,7 @@ def register(
         parameters += [
             of_field(part.Config, f, f"{part.title} (--method {part.name})", part.name) for f in fields(part.Config)
         ]
-    overrides = spec.defaults | {key: value for part in chosen for key, value in part.defaults.items()}
+    overrides = spec.defaults | {key: value for part in chosen for key, value in part.defaults_for(command).items()}
     for cls in spec.sections.values():
         for f in offered(command, cls):
             if key_of(f) == spec.argument:

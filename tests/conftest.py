@@ -34,6 +34,8 @@ def own_cache(tmp_path_factory):
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     shared.mkdir(exist_ok=True)
     os.environ["LOWRANK_CACHE"] = str(shared)
+    # a kernel that the user has built would be taken by --kernel auto
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(shared / "extensions")
 
 
 @pytest.fixture(scope="session")

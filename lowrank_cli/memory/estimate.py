@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowrank_cli import console
+from lowrank_cli.errors import LowrankError
 from lowrank_cli.memory.layers import FEW, WHOLE, are_equal, extended
 from lowrank_cli.memory.simulate import Parts, Run, layers_of, simulate
 from lowrank_cli.memory.tracker import BASES, GRADIENTS, LABELS, MOMENTS, WEIGHTS, Peak
@@ -86,6 +87,7 @@ def estimate(run: Run, model: nn.Module, *, world_size: int = 1, parallel: str =
             gradients and states, and gathers the weights of the layers that it is at.
     Raises:
         ValueError: another way of being parallel.
+        LowrankError: the model does what cannot be done without values.
     """
     if parallel not in PARALLEL:
         raise ValueError(f"parallel is {parallel!r}; it is one of {', '.join(PARALLEL)}")
@@ -93,12 +95,19 @@ def estimate(run: Run, model: nn.Module, *, world_size: int = 1, parallel: str =
 
     def of(num_layers: int | None) -> list[Peak]:
         with console.muted():
-            return simulate(run, run.parts(num_layers))
+            parts = run.parts(num_layers)
+            try:
+                return simulate(run, parts)
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+                # an architecture that looks at values, or does what the meta device cannot
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise LowrankError(
+                    f"the memory of a {model.config.model_type} model cannot be estimated: {reason}",
+                    "leave out --dry-run and --memory-budget; --debug shows where it failed",
+                ) from error
 
-    if count > WHOLE and are_equal(model):
-        parts = extended(*(of(few) for few in FEW), count)
-    else:
-        parts = of(None)
+    equal = count > WHOLE and are_equal(model)
+    parts = extended(*(of(few) for few in FEW), count) if equal else of(None)
     if world_size > 1 and parallel == "fsdp":
         parts = sharded(parts, model, world_size)
     return Estimate(tuple(parts), FRAGMENTATION_SHARE if run.device == "cuda" else 0.0)

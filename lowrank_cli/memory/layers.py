@@ -46,9 +46,7 @@ def extended(few: list[Peak], more: list[Peak], num_layers: int) -> list[Peak]:
     low, high = _by_place(few, FEW[0]), _by_place(more, FEW[1])
     factor = (num_layers - FEW[0]) / (FEW[1] - FEW[0])
     return [
-        Peak(
-            part.at, {k: v + factor * (high[place].bytes_by_label[k] - v) for k, v in part.bytes_by_label.items()}
-        )
+        Peak(part.at, {k: v + factor * (high[place].bytes_by_label[k] - v) for k, v in part.bytes_by_label.items()})
         for place, part in low.items()
         if place in high
     ]

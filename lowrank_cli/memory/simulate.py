@@ -1,4 +1,4 @@
-"""Updates of a run, carried out on the meta device: the run's own model, methods, loss, optimizer and order of calls."""
+"""Updates of a run on the meta device: its own model, methods, loss, optimizer and order of calls."""
 
 from __future__ import annotations
 
@@ -112,6 +112,7 @@ def simulate(run: Run, parts: Parts) -> list[Peak]:
             for p in due:
                 optimizer.state[p]["until_refresh"] = 0
         _update(sim, kind, optimizer, gradients)
+    tracker.mark("end", "end", -1)
     return tracker.peaks()
 
 

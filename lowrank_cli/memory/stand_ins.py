@@ -1,4 +1,4 @@
-"""What the meta device cannot do like a real one: fused attention, dropout, fused AdamW, 4-bit linears, LAPACK's memory.
+"""What the meta device cannot do like a real one: fused attention and AdamW, dropout, 4-bit linears, LAPACK's memory.
 
 Each takes and keeps what the real one does, and computes nothing.
 """
@@ -47,6 +47,9 @@ class RealKernels(TorchFunctionMode):
             if dropout_p and not self.on_cuda:
                 # the CPU has no fused attention with dropout: the matrix of weights is there
                 return attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                # the kernels add a mask
+                attn_mask = query.new_empty(attn_mask.shape)
             return _FusedAttention.apply(query, key, value, attn_mask)
 
         def fused_dropout(input, p=0.5, training=True, inplace=False):
@@ -81,7 +84,7 @@ class RealKernels(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps the inputs, the output and the log-sum-exp of every row of scores; (B, H, T, d) laid out as (B, T, H, d)."""
+    """Keeps the inputs, the output (B, H, T, d), laid out as (B, T, H, d), and the log-sum-exp of every row."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -176,7 +179,7 @@ def workspace(func, args: tuple, *, on_cuda: bool) -> int:
 _aten = torch.ops.aten
 # elements for a (large, small) matrix
 _LAPACK = {
-    _aten._linalg_svd: lambda m, n: 0,
-    _aten.linalg_qr: lambda m, n: 0,
-    _aten._linalg_eigh: lambda m, n: 0,
+    _aten._linalg_svd: lambda m, n: m * n,
+    _aten.linalg_qr: lambda m, n: 65 * n,
+    _aten._linalg_eigh: lambda m, n: 2 * n * n,
 }

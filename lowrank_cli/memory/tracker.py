@@ -23,6 +23,28 @@ ACTIVATIONS, LOSS, REFRESH, TEMPORARY = "activations", "logits and loss", "refre
 LABELS = (WEIGHTS, GRADIENTS, MOMENTS, BASES, ACTIVATIONS, LOSS, REFRESH, TEMPORARY)
 # torch's CUDA allocator hands out multiples of this
 CUDA_BLOCK = 512
+_aten = torch.ops.aten
+# what a flag about a whole mask is made with
+REDUCTIONS = frozenset({_aten.all, _aten.sum, _aten.eq})
+# ops that give back their first argument, whose shapes need no checking: it is what takes the time
+IN_PLACE = frozenset(
+    getattr(_aten, f"{name}_")
+    for name in (
+        "add",
+        "addcdiv",
+        "addcmul",
+        "addmm",
+        "clamp",
+        "copy",
+        "div",
+        "exp",
+        "lerp",
+        "mul",
+        "sqrt",
+        "sub",
+        "zero",
+    )
+)
 # libraries of ops that change their arguments in place
 KERNELS = ("bitsandbytes", "lowrank")
 
@@ -56,6 +78,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, *, block: int = 1, on_cuda: bool = False):
         super().__init__()
         self.block, self.on_cuda, self.phase = block, on_cuda, TEMPORARY
+        self._unsure: set[int] = set()  # flags that a mask of padding would not set
         self._live: dict[int, tuple[int, weakref.ref]] = {}
         self._sizes: list[int] = []
         self._labels: list[str] = []
@@ -63,13 +86,18 @@ class Tracker(TorchDispatchMode):
         self._marks: list[tuple[int, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
-        if func is torch.ops.aten.nonzero.default and args[0].device.type == "meta":
+        if func is _aten._local_scalar_dense.default and args[0].device.type == "meta":
+            if args[0].dtype == torch.bool:
+                return self._see(args[0], self.phase) not in self._unsure
+            return 1.0 if args[0].is_floating_point() else 1
+        if func is _aten.nonzero.default and args[0].device.type == "meta":
             # every token is a target: the most that there can be
             result = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
             self._see(result, self.phase)
             return result
+        packet = func._overloadpacket
+        if packet in IN_PLACE:
+            return args[0]
         if func.namespace in KERNELS and not func._schema.returns:
             # it changes its arguments in place, and has no meta kernel
             return None
@@ -79,7 +107,9 @@ class Tracker(TorchDispatchMode):
             self._spike(extra)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
-                self._see(tensor, self.phase)
+                number = self._see(tensor, self.phase)
+                if packet in REDUCTIONS and self._is_of_mask(func, args[0]):
+                    self._unsure.add(number)
         return result
 
     @contextmanager
@@ -117,6 +147,12 @@ class Tracker(TorchDispatchMode):
             position = end
             found.append(Peak(name, best))
         return found
+
+    def _is_of_mask(self, func, tensor: Tensor) -> bool:
+        """Whether an op asks if all of a mask of rows and positions is set: batches that have one are padded."""
+        if func is _aten.eq.Scalar:
+            return self._see(tensor, self.phase) in self._unsure
+        return tensor.dim() == 2 and tensor.dtype == torch.bool and func in (_aten.all.default, _aten.sum.default)
 
     def _apply(self, held: dict[str, int], event: int) -> int:
         number = event if event >= 0 else ~event

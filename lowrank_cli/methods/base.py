@@ -45,13 +45,18 @@ class Method:
     commands: ClassVar[frozenset[str]] = frozenset()  # of "pretrain", "finetune", "compress"
     Config: ClassVar[type]  # frozen dataclass of option(default, help): flags, YAML keys and docs come from it
     defaults: ClassVar[dict[str, Any]] = {}  # plain settings that differ with this method, such as lr
+    command_defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # command -> what differs from those there
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model preset -> settings of this method
     adapter: ClassVar[bool] = False  # the base is frozen; what trains is saved apart from it, as PEFT's files
-
     command: str = ""  # the one that runs it, for what differs between them; `apply_methods` sets it
 
     def __init__(self, config: Any):
         self.config = config
+
+    @classmethod
+    def defaults_for(cls, command: str) -> dict[str, Any]:
+        """Plain settings that differ with this method in a command."""
+        return cls.defaults | cls.command_defaults.get(command, {})
 
     @property
     def is_adapter(self) -> bool:

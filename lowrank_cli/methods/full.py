@@ -10,6 +10,7 @@ class Full(Method):
     paper = "https://arxiv.org/abs/1711.05101"
     summary = "every weight with torch's own AdamW: the baseline"
     commands = frozenset({"pretrain", "finetune"})
+    command_defaults = {"finetune": {"lr": 2e-5}}
 
     @dataclass(frozen=True)
     class Config:

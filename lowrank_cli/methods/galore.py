@@ -40,6 +40,7 @@ class GaLore(Method):
     acts_on = frozenset({"gradients"})
     commands = frozenset({"pretrain", "finetune"})
     defaults = {"lr": 0.01}
+    command_defaults = {"finetune": {"lr": 2e-4}}
     presets = {model: {"rank": rank} for model, rank in RANKS.items()} | {
         "llama-7b": {"rank": 1024, "update_proj_gap": 500}
     }

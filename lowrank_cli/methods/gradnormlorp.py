@@ -47,6 +47,7 @@ class GradNormLoRP(Method):
     acts_on = frozenset({"gradients", "weights"})
     commands = frozenset({"pretrain", "finetune"})
     defaults = {"lr": 0.01}
+    command_defaults = {"finetune": {"lr": 3e-5}}
     presets = {model: {"rank": rank} for model, rank in RANKS.items()} | {
         "llama-7b": {"rank": 1024, "update_proj_gap": 500}
     }

@@ -61,6 +61,7 @@ class LoRA(Method):
             use_dora=self.dora,
             target_modules=named_targets(model, self.config.target_modules),
             fan_in_fan_out=_is_transposed(model),
+            task_type="SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM",
         )
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:

@@ -22,7 +22,7 @@ import torch
 from lowrank_cli import console
 
 SOURCES = {"cpu": ("bindings.cpp", "projection_cpu.cpp"), "cuda": ("bindings.cpp", "projection.cu")}
-HEADERS = ("projection.h", "projection_cpu.h")
+HEADERS = ("projection.h", "projection_cpu.h", "product.cuh")
 # the library is for this machine alone: its processor is part of the folder's name
 CPU_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-unknown-pragmas")
 FLAGS = {"cpu": CPU_FLAGS, "cuda": ("-O3", "-DLOWRANK_CUDA")}

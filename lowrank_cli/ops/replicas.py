@@ -1,8 +1,8 @@
 """The processes that train one model together, each on its share of the batch, and what they tell each other.
 
-Every process holds a replica: the same weights, bases and moments. They exchange sums of gradients, new bases and a few
-numbers an update, in the same order on every process. `Alone` has the same interface for a run of one process, and does
-nothing.
+Every process holds a replica: the same weights, bases and moments. They exchange sums of gradients, new bases and a
+few numbers an update, in the same order on every process. `Alone` has the same interface for a run of one process, and
+does nothing.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Replicas(Alone):
 
 
 def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in groups of one dtype and device, at most BUCKET_BYTES each or one tensor; the same on every rank."""
+    """The tensors in groups of one dtype and device, of at most BUCKET_BYTES or one tensor; the same on every rank."""
     open_ones: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
         kind = (tensor.dtype, tensor.device)

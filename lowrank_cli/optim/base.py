@@ -329,6 +329,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def adopt(self, p: Tensor, bases: dict[str, Tensor], alive: bool, calm: bool) -> None:
         """Takes the result of `find_bases`: bases, moments and the clock of the next refresh."""
         state, group = self.state[p], self.projected[p]
+        if p in self.normalised:
+            # whoever found the bases has asked for it already; another process has not
+            self._direction(p)
         gap, place = state.get("gap", group["update_proj_gap"]), self.places[p][0]
         state["refreshes"] = state.get("refreshes", 0) + 1
         change = {}

@@ -1,11 +1,11 @@
 """Gradients of one model on several processes: what is summed over them, and who refreshes which basis.
 
-Summed once an update, after its last micro-batch, is what the optimizer works on and no more: the projected gradient of
-a tensor whose basis stands, (r, n) or (m, r) instead of (m, n); the factor of a factored one, (m, G) instead of (m, D);
-`.grad` of the rest. The sum of projections is the projection of the sum, so this is exact, up to rounding.
+Summed once an update, after its last micro-batch, is what the optimizer works on and no more: the projected gradient
+of a tensor whose basis stands, (r, n) or (m, r) instead of (m, n); the factor of a factored one, (m, G) instead of
+(m, D); `.grad` of the rest. The sum of projections is the projection of the sum, so this is exact, up to rounding.
 
-A basis that is due is found by one rank alone, from the full gradient that only this rank gets. It tells the others the
-basis and the projected gradient: every replica has the same bits, whatever its SVD would have given.
+A basis that is due is found by one rank alone, from the full gradient that only this rank gets. It tells the others
+the basis and the projected gradient: every replica has the same bits, whatever its SVD would have given.
 """
 
 from __future__ import annotations
@@ -196,8 +196,13 @@ class ReplicatedGradients(Gradients):
             if replicas.rank != owner:
                 p.grad = None
         found = {p: self._find(p) for p, owner in zip(due, owners, strict=True) if owner == replicas.rank}
-        for p, owner in zip(due, owners, strict=True):
-            self._adopt_from(owner, p, found.pop(p, None))
+        # what happened to all of them, at once: each rank has the numbers of its own tensors, and zeros for the rest
+        told = replicas.numbers(*(number for p in due for number in found.get(p, ({}, (0, 0, 0)))[1]))
+        for i, (p, owner) in enumerate(zip(due, owners, strict=True)):
+            self._check(p, told[3 * i])
+            bases = found.pop(p)[0] if p in found else self._empty_bases(p)
+            replicas.broadcast_(list(bases.values()), owner)
+            optimizer.adopt(p, bases, bool(told[3 * i + 1]), bool(told[3 * i + 2]))
             if self.clipping:
                 continue
             if replicas.rank == owner:
@@ -208,27 +213,22 @@ class ReplicatedGradients(Gradients):
             normalised = [self.magnitudes[p]] if p in optimizer.normalised else []
             replicas.broadcast_([self.buffers[p], *normalised], owner)
 
-    def _find(self, p: Tensor) -> tuple[dict[str, Tensor], list[int]]:
+    def _find(self, p: Tensor) -> tuple[dict[str, Tensor], tuple[int, int, int]]:
         """What a refresh finds, and its outcome as numbers: how it ended, whether alive, whether calm."""
         warnings: list[str] = []
         try:
             bases, alive, calm = self.optimizer.find_bases(p, warnings.append)
         except FloatingPointError:
-            return {}, [NOT_FINITE, 0, 0]
-        return bases, [KEPT if warnings else FOUND, int(alive), int(calm)]
+            return {}, (NOT_FINITE, 0, 0)
+        return bases, (KEPT if warnings else FOUND, int(alive), int(calm))
 
-    def _adopt_from(self, owner: int, p: Tensor, found: tuple[dict[str, Tensor], list[int]] | None) -> None:
-        bases, numbers = found or ({}, [0, 0, 0])
-        # rank 0 is not the one that knows: the sum of what all say, where the others say nothing
-        ended, alive, calm = map(int, self.replicas.numbers(*numbers))
+    def _check(self, p: Tensor, ended: float) -> None:
+        """Every rank says, or raises, what the one that refreshed a basis met."""
         name = self.optimizer.places[p][1]
         if ended == NOT_FINITE:
             raise FloatingPointError(f"the gradient of {name} is not finite at a refresh")
         if ended == KEPT:
             console.warn(f"{self.groups[p]['refresh']} found no basis for {name}: the old one stays")
-        bases = bases or self._empty_bases(p)
-        self.replicas.broadcast_(list(bases.values()), owner)
-        self.optimizer.adopt(p, bases, bool(alive), bool(calm))
 
     def _empty_bases(self, p: Tensor) -> dict[str, Tensor]:
         """Room for the bases that another rank has found: of the gradient's dtype, which is the weight's."""

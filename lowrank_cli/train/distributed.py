@@ -1,8 +1,8 @@
 """Several processes that train one model: where this one stands, how they meet, and how they end together.
 
-torchrun starts them, or `lowrank ... --nproc N` does it with torchrun's own launcher. What they then exchange while they
-train is in `ops/replicas.py` and `optim/replicated_gradients.py`. Here is what goes round it, over torch's key-value
-store: do all have the same settings, who is missing, who failed first and why.
+torchrun starts them, or `lowrank ... --nproc N` does it with torchrun's own launcher. What they then exchange while
+they train is in `ops/replicas.py` and `optim/replicated_gradients.py`. Here is what goes round it, over torch's
+key-value store: do all have the same settings, who is missing, who failed first and why.
 
 Nothing here imports torch before there is a second process.
 """
@@ -123,8 +123,8 @@ def _near(total: int, world_size: int) -> str:
 
 
 class World:
-    """The processes of a run, from when they meet to their end. From now on only rank 0 prints; what ends a run is said
-    through `ending`.
+    """The processes of a run, from when they meet to their end. From now on only rank 0 prints; what ends a run is
+    said through `ending`.
 
     Args:
         place: of this process.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowrank_cli import console
+from lowrank_cli.errors import LowrankError
 from lowrank_cli.models.source import ADAPTER, place
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
@@ -48,6 +49,7 @@ def finish(session: Session) -> dict[str, Any]:
     return {
         "command": session.config.command,
         "method": session.config.method,
+        "device": session.device.type,
         "run": str(run.path),
         "model": str(run.model),
         "is_adapter": not merging,
@@ -57,11 +59,25 @@ def finish(session: Session) -> dict[str, Any]:
         **{f"validation_{key}": value for key, value in progress.evaluation.items()},
         "train_seconds": round(progress.seconds, 1),
         "peak_memory_bytes": peak_memory(session.device),
+        **estimated_memory(session),
         "optimizer_state_bytes": optimizer_bytes(session.optimizer),
         "trainable_parameters": trainable,
         "stored_bytes": sum(p.stat().st_size for p in run.model.glob("*.safetensors")),
         "sample": sample(session) if session.model.can_generate() else "",
     }
+
+
+def estimated_memory(session: Session) -> dict[str, int]:
+    """What --dry-run says of this run, beside the measured peak; nothing for a model that cannot be estimated."""
+    from lowrank_cli.train import dry
+
+    config = session.config
+    try:
+        found = dry.Description(config, dry.architecture(config, len(session.data.tokenizer))).estimate()
+    except LowrankError as error:
+        console.warn(error.message)
+        return {}
+    return {"estimated_memory_bytes": found.total}
 
 
 def write_adapter(session: Session, folder: Path) -> None:
@@ -143,7 +159,7 @@ def summary(result: dict[str, Any]) -> str:
         ["validation", line],
         ["trained", f"{trained}, {result['train_seconds']:.0f} s"],
         ["trained parameters", f"{result['trainable_parameters']:,}"],
-        ["peak memory", console.human_bytes(result["peak_memory_bytes"])],
+        ["peak memory", memory_line(result)],
         ["optimizer state", console.human_bytes(result["optimizer_state_bytes"])],
         ["run", result["run"]],
         *([["pictures", f"{result['run']}/plots"]] if result["plots"] else []),
@@ -155,6 +171,17 @@ def summary(result: dict[str, Any]) -> str:
     for command in commands:
         console.note(f"  {command}")
     return f"validation {line.partition(' (')[0]} after {trained}: {result['model']}"
+
+
+def memory_line(result: dict[str, Any]) -> str:
+    """The measured peak and the estimated one. On a CPU the first is of the whole process, Python and all."""
+    measured = console.human_bytes(result["peak_memory_bytes"])
+    if "estimated_memory_bytes" not in result:
+        return measured
+    estimated = console.human_bytes(result["estimated_memory_bytes"])
+    if result["device"] == "cpu":
+        return f"{measured} of the process; {estimated} estimated for its tensors"
+    return f"{measured}; {estimated} estimated"
 
 
 def next_commands(result: dict[str, Any]) -> list[str]:

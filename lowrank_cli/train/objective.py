@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lowrank_cli.evaluate.classification import label_loss
 from lowrank_cli.evaluate.perplexity import Perplexity, perplexity
 from lowrank_cli.evaluate.supervised import evaluate as supervised
-from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.models.forward import causal_lm_loss
+from lowrank_cli.ops.replicas import Alone
 
 Batch = dict[str, Tensor]
 

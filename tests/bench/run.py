@@ -20,7 +20,17 @@ from comparison import Comparison, Settings, console, machine, measured, show
 from lowrank_cli.run import git_commit
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("optimizer_step", "kernel", "refresh", "block", "velora", "vblora", "end_to_end", "evaluation")
+BENCHES = (
+    "optimizer_step",
+    "kernel",
+    "refresh",
+    "block",
+    "velora",
+    "vblora",
+    "spectra",
+    "end_to_end",
+    "evaluation",
+)
 # more waiting processes than this when the run begins, and its figures are not worth keeping
 BUSY = 0.5
 

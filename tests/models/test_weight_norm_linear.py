@@ -246,6 +246,7 @@ def test_peft_loads_what_is_saved(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["use_dora"]
     assert config["base_model_name_or_path"] == "some/base"
+    assert config["task_type"] == "CAUSAL_LM"
     loaded = PeftModel.from_pretrained(small_llama(), tmp_path).eval()
     model.eval()
     assert torch.allclose(loaded(batch(0)).logits, model(batch(0)).logits, atol=1e-5)

@@ -1,0 +1,62 @@
+"""A process that runs `lowrank` command lines as one rank of several: a JSON object a line on stdin, one on stdout.
+
+It lives through many runs, so that a test pays for the imports once; each run makes a process group of its own.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+# what has gone through torch's collectives, seen from outside the product
+SENT: list[tuple[str, int, bool]] = []
+
+
+def watch(name: str) -> None:
+    """Note (name, bytes, whether floats of 64 bit or integers: numbers of the loop, no gradients) of every call."""
+    original = getattr(dist, name)
+
+    def watched(tensor, *args, **kwargs):
+        SENT.append((name, tensor.nbytes, tensor.dtype in (torch.float64, torch.int64)))
+        return original(tensor, *args, **kwargs)
+
+    setattr(dist, name, watched)
+
+
+def run(argv: list[str], env: dict[str, str], folder: str, before: str) -> dict:
+    """Run a command line; `before` is Python that may patch the product first."""
+    from lowrank_cli import console
+    from lowrank_cli.main import main
+
+    os.chdir(folder)
+    SENT.clear()
+    out, err = io.StringIO(), io.StringIO()
+    kept = dict(os.environ)
+    os.environ.update(env)
+    undo = contextlib.ExitStack()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), undo:
+            exec(before, {"undo": undo, "rank": int(env["RANK"])})
+            code = main(argv)
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+        console.log_to(None)
+        console.set_level(console.NORMAL)
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "sent": SENT}
+
+
+if __name__ == "__main__":
+    for name in ("all_reduce", "reduce", "broadcast"):
+        watch(name)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import lowrank_cli.train.prepare  # noqa: F401 before the first run is timed
+
+    for line in sys.stdin:
+        answers.write(json.dumps(run(**json.loads(line))) + "\n")
+        answers.flush()
