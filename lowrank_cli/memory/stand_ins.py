@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 # bitsandbytes' 4-bit weights: elements that share a scale of one byte, and scales that share one in float32
 SCALE_BLOCK, NESTED_BLOCK, CODE_ENTRIES = 64, 256, 256 + 16
 
+EIGHT_BIT = "optimizer_update_8bit_blockwise"
 # chunks of the loss that are carried out
 CHUNKS = 3
 # what a simulation replaces while it runs
@@ -163,22 +164,28 @@ def _bytes(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.uint8, device="meta")
 
 
-def workspace(func, args: tuple, *, on_cuda: bool) -> int:
-    """Bytes that the kernel of an op takes inside, which no tensor shows; 0 where that is little.
+def workspace(packet, args: tuple, *, on_cuda: bool) -> int:
+    """Bytes that the kernel of an op takes inside, which no tensor shows.
 
-    Measured on CPU kernels with torch's profiler: docs/memory.md.
+    Measured on CPU kernels: tests/memory/test_stand_ins.py compares. A GPU's decompositions are taken to need as much.
+
+    Args:
+        packet: the op.
+        args: of the op.
+        on_cuda: whether the kernel is a GPU's.
     """
-    name = func._overloadpacket
-    if name not in _LAPACK:
+    if packet.__name__ == EIGHT_BIT:
+        # on a CPU bitsandbytes works on moments and update in float32
+        return 0 if on_cuda else 20 * args[1].numel()
+    if packet not in WORKSPACE:
         return 0
-    matrix = args[0]
-    m, n = matrix.shape[-2:]
-    return int(_LAPACK[name](max(m, n), min(m, n)) * matrix.element_size())
+    m, n = args[0].shape[-2:]
+    return int(WORKSPACE[packet](max(m, n), min(m, n)) * args[0].element_size())
 
 
 _aten = torch.ops.aten
-# elements for a (large, small) matrix
-_LAPACK = {
+# elements of workspace for a (large, small) matrix
+WORKSPACE = {
     _aten._linalg_svd: lambda m, n: m * n,
     _aten.linalg_qr: lambda m, n: 65 * n,
     _aten._linalg_eigh: lambda m, n: 2 * n * n,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_cli.memory.stand_ins import workspace
+from lowrank_cli.memory.stand_ins import WORKSPACE, workspace
 
 WEIGHTS, GRADIENTS, MOMENTS, BASES = "weights", "gradients", "optimizer moments", "bases"
 ACTIVATIONS, LOSS, REFRESH, TEMPORARY = "activations", "logits and loss", "refresh workspace", "temporaries"
@@ -98,18 +98,16 @@ class Tracker(TorchDispatchMode):
         packet = func._overloadpacket
         if packet in IN_PLACE:
             return args[0]
-        if func.namespace in KERNELS and not func._schema.returns:
-            # it changes its arguments in place, and has no meta kernel
-            return None
-        result = func(*args, **(kwargs or {}))
-        extra = workspace(func, args, on_cuda=self.on_cuda)
-        if extra:
-            self._spike(extra)
+        # what changes its arguments in place may have no meta kernel
+        skipped = func.namespace in KERNELS and not func._schema.returns
+        result = None if skipped else func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 number = self._see(tensor, self.phase)
                 if packet in REDUCTIONS and self._is_of_mask(func, args[0]):
                     self._unsure.add(number)
+        if (skipped or packet in WORKSPACE) and (extra := workspace(packet, args, on_cuda=self.on_cuda)):
+            self._spike(extra)
         return result
 
     @contextmanager

@@ -128,27 +128,25 @@ class World:
 
     Args:
         place: of this process.
-        join_timeout_s: for all processes to start and read their settings.
     Raises:
         LowrankError: rank 0 cannot be reached.
     """
 
-    def __init__(self, place: Place, join_timeout_s: float = JOIN_TIMEOUT_S):
+    def __init__(self, place: Place):
         import torch.distributed as dist
 
-        self.place, self.join_timeout_s = place, join_timeout_s
+        self.place, self.join_timeout_s = place, float(JOIN_TIMEOUT_S)
         self.replicas: Replicas | None = None
         self.run: RunDir | None = None
         self.set_level(console.NORMAL)
         # torchrun's agent keeps the store itself, so that it outlives every rank
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        waiting = timedelta(seconds=join_timeout_s)
         try:
             store = dist.TCPStore(
                 place.host,
                 place.port,
                 is_master=place.rank == 0 and not agents,
-                timeout=waiting,
+                timeout=timedelta(seconds=JOIN_TIMEOUT_S),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
@@ -181,6 +179,7 @@ class World:
             LowrankError: a process is missing.
             UsageError: one has other settings.
         """
+        self.join_timeout_s = min(self.join_timeout_s, timeout_s)
         self.agree("settings", settings)
         import torch
         import torch.distributed as dist
@@ -274,9 +273,7 @@ class World:
         try:
             yield
         except BaseException as error:
-            # torchrun ends the other processes as soon as one has ended: not before it is clear who says what
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+            ignore_signals()
             told = self._explained(error) if isinstance(error, LostRank) else error
             console.set_level(console.QUIET if self._claims(told) else console.SILENT)
             raise told from error
@@ -285,6 +282,7 @@ class World:
 
     def _explained(self, error: Exception) -> LowrankError:
         """What became of the process that did not answer."""
+        ignore_signals()
         end = time.monotonic() + LAST_WORDS_S
         place, step = self.place, self.replicas.update if self.replicas else 0
         seen: set[int] = {place.rank}
@@ -350,6 +348,12 @@ class FollowedRun(RunDir):
 
     def finish(self, status: str, **entries: Any) -> None:
         """Rank 0 does it."""
+
+
+def ignore_signals() -> None:
+    """From here to the end: torchrun ends all processes as soon as one has ended, also while they say why."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def launch(nproc: int, argv: list[str]) -> None:

@@ -138,7 +138,7 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
     reporter = (Reporter if replicas.is_main else Follower)(
         run, config, total=steps.steps, progress=progress, device=session.device, causal=session.objective.causal
     )
-    with reporter as report, Stop(replicas) as stop:
+    with Stop(replicas) as stop, reporter as report:
         if progress.step == 0:
             evaluate(session, report, stop)
         for step in range(progress.step + 1, steps.steps + 1):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import BENCHES  # noqa: E402
+from run import BENCHES
 
 
 @pytest.mark.slow

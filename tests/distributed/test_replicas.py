@@ -35,6 +35,21 @@ METHODS = {
     "gradnormlorp-per-layer": [*NORMED, "--per-layer"],
     "gradnormlorp-in-backward": [*NORMED, "--gradnormlorp-in-backward"],
 }
+# each rank writes what it holds after 50 updates: moments and bases too
+SPY = """
+from lowrank_cli.train import loop
+from lowrank_cli.train.checkpoint import optimizer_state
+from safetensors.torch import save_file
+original = loop.Session.mark
+def mark(self):
+    original(self)
+    if self.progress.step == 50:
+        held, _ = optimizer_state(self.optimizer)
+        held |= {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        save_file(held, f"rank{rank}.safetensors")
+loop.Session.mark = mark
+undo.callback(setattr, loop.Session, "mark", original)
+"""
 # 4-byte numbers of the tiny model: 512 x 32 twice, five norms, 2 layers of 4 x (32 x 32), 2 x (88 x 32), (32 x 88)
 TABLES, NORMS = 2 * 512 * 32, 5 * 32
 MATRICES = 2 * (4 * 32 * 32 + 3 * 88 * 32)
@@ -129,23 +144,55 @@ def test_bytes_sent_are_those_of_the_projected_gradients(name, each, first, trai
 
 @pytest.mark.parametrize("name", ["galore", "galore-per-layer", "gradnormlorp", "velora"])
 def test_replicas_stay_the_same_bit_for_bit(name, train, tmp_path):
-    # each rank writes what it holds after 50 updates and three refreshes, moments and bases too
-    spy = """
-from lowrank_cli.train import loop
-from lowrank_cli.train.checkpoint import optimizer_state
-from safetensors.torch import save_file
-original = loop.Session.mark
-def mark(self):
-    original(self)
-    if self.progress.step == 50:
-        tensors, _ = optimizer_state(self.optimizer)
-        save_file(tensors | {n: p.detach().clone() for n, p in self.model.named_parameters()}, f"rank{rank}.safetensors")
-loop.Session.mark = mark
-undo.callback(setattr, loop.Session, "mark", original)
-"""
     flags = [17 if flag == 7 else flag for flag in METHODS[name]]
-    train(2, flags, steps=50, before=spy)
+    train(2, flags, steps=50, before=SPY)
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) for key in first)
     assert name == "velora" or any("basis" in key for key in first)
+
+
+def test_stochastic_rounding_draws_the_same_everywhere(train, tmp_path):
+    flags = [*METHODS["galore-per-layer"], "--dtype", "bfloat16", "--stochastic-rounding"]
+    train(2, flags, steps=50, before=SPY)
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_a_tensor_without_a_gradient_on_one_rank(ranks, tmp_path):
+    """An expert that got no token there: its gradient is the other rank's, in every mode the same."""
+    script = """
+import torch
+import torch.distributed as dist
+from lowrank_cli import main
+def run(argv):
+    from lowrank_cli import GaLoreAdamW
+    from lowrank_cli.ops.replicas import Replicas
+    from lowrank_cli.optim.replicated_gradients import ReplicatedGradients
+    dist.init_process_group("gloo")
+    for per_layer in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList(torch.nn.Linear(6, 10) for _ in range(3))
+        groups = [{"params": [m.weight for m in model], "rank": 2, "update_proj_gap": 2},
+                  {"params": [m.bias for m in model]}]
+        optimizer = GaLoreAdamW(groups, lr=0.1)
+        gradients = ReplicatedGradients(model, optimizer, per_layer=per_layer, clipping=0.0, replicas=Replicas())
+        for step in range(5):
+            gradients.begin(measuring=False)
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            used = [m for i, m in enumerate(model) if i != 1 or rank == 0]
+            sum(m(x).square().sum() for m in used).backward()
+            gradients.reduce()
+            gradients.step()
+        torch.save([p.detach() for p in model.parameters()], f"{rank}-{per_layer}.pt")
+    dist.destroy_process_group()
+    return 0
+original, main.main = main.main, run
+undo.callback(setattr, main, "main", original)
+"""
+    ranks(2, before=script)
+    kept = [torch.load(tmp_path / f"{rank}-{mode}.pt") for rank in range(2) for mode in (False, True)]
+    for other in kept[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(kept[0], other, strict=True))
+    assert all(a.equal(b) for a, b in zip(kept[0], kept[2], strict=True))
+    assert all(a.equal(b) for a, b in zip(kept[1], kept[3], strict=True))

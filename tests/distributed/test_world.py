@@ -1,0 +1,270 @@
+"""Several processes as a user meets them: how they start, agree, stop, fail and go on."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+GALORE = ["--method", "galore", "--galore-rank", 8, "--galore-update-proj-gap", 7, "--eps", 1e-3]
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm()) for k in b)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+
+
+@pytest.fixture
+def flags(tiny_flags) -> list:
+    return ["pretrain", *tiny_flags, *GALORE, "--batch-size", 4, "--total-batch-size", 8, "--max-steps", 20]
+
+
+def wait_for_step(run: Path, step: int, child, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if child.poll() is not None:
+            pytest.fail(f"the run ended before step {step}: {child.stderr.read()}")
+        metrics = run / "metrics.jsonl"
+        if metrics.is_file() and f'{{"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was not reached within {timeout} s")
+
+
+def test_nproc_starts_the_processes_and_says_everything_once(process, flags, tmp_path, pool):
+    child = process(*flags, "--nproc", 2, "--out", "run", "--json")
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    assert json.loads(out)["steps"] == 20
+    assert err.count("step 20/20") == 2  # the update, and its evaluation
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "done"
+    assert (tmp_path / "run" / "config.yaml").read_text().count("nproc: 2") == 1
+    assert "elastic" not in err
+    assert "Warning" not in err
+
+
+def test_the_total_batch_grows_with_the_processes_and_is_kept(ranks, tiny_flags, tmp_path):
+    flags = ["pretrain", *tiny_flags, "--max-steps", 4, "--save-every", 2]
+    ranks(2, *flags, "--out", "two")
+    ranks(1, *flags, "--out", "one", "--batch-size", 8)
+    assert "total_batch_size: 8" in (tmp_path / "two" / "config.yaml").read_text()
+    assert largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
+
+
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 2), (2, 2), pytest.param((2, 4), marks=pytest.mark.slow)])
+def test_saved_on_some_processes_and_resumed_on_others(numbers, ranks, flags, tmp_path):
+    first, then = numbers
+    flags = [*flags, "--save-every", 9, "--keep", 3]
+    ranks(1, *flags, "--out", "whole")
+    ranks(first, *flags, "--out", "run")
+    broken = weights(tmp_path / "run")
+    results = ranks(then, "pretrain", "--resume", "run/checkpoints/step-000009", "--nproc", 1)
+    assert "at step 9 of 20" in results[0].err
+    assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "whole")) < 1e-5
+    if first == then:
+        assert same(weights(tmp_path / "run"), broken)
+
+
+def test_dropout_differs_by_rank_and_not_by_resume(ranks, base, records, tmp_path):
+    watch = """
+from lowrank_cli.train import loop
+import torch, json
+original, seen = loop.backward, []
+def backward(session, *rest):
+    seen.append(torch.randn(1, generator=None).item())
+    open(f"draws{rank}.json", "w").write(json.dumps(seen))
+    return original(session, *rest)
+loop.backward = backward
+undo.callback(setattr, loop, "backward", original)
+"""
+    flags = ["finetune", "--method", "lora", "--lora-dropout", 0.2, "--model", base, "--dataset", records,
+             "--max-length", 96, "--batch-size", 4, "--template", "plain", "--no-plots", "--eval-tokens", 200,
+             "--max-steps", 6, "--save-every", 3, "--eval-every", 6]  # fmt: skip
+    ranks(2, *flags, "--out", "run", before=watch)
+    adapter = tmp_path / "run" / "model" / "adapter_model.safetensors"
+    whole = load_file(adapter)
+    draws = [json.loads((tmp_path / f"draws{rank}.json").read_text()) for rank in range(2)]
+    assert len({*draws[0], *draws[1]}) == 12
+    ranks(2, "finetune", "--resume", "run/checkpoints/step-000003", before=watch)
+    assert same(load_file(adapter), whole)
+    again = [json.loads((tmp_path / f"draws{rank}.json").read_text()) for rank in range(2)]
+    assert again == [mine[3:] for mine in draws]
+
+
+@pytest.mark.parametrize("method", [["vblora", "--vblora-lr-vector-bank", 0.05], ["gradnormlorp"], ["dora"]])
+def test_adapters_on_two_processes(method, ranks, base, records, tmp_path):
+    flags = ["finetune", "--method", *method, "--model", base, "--dataset", records, "--max-length", 96, "--eps", 1e-3,
+             "--template", "plain", "--no-plots", "--eval-tokens", 200, "--max-steps", 20, "--lr", 0.01,
+             "--total-batch-size", 8]  # fmt: skip
+    flags += {"gradnormlorp": ["--gradnormlorp-adapter-dropout", 0, "--gradnormlorp-update-proj-gap", 7],
+              "dora": ["--dora-dropout", 0], "vblora": []}[method[0]]  # fmt: skip
+    ranks(1, *flags, "--batch-size", 8, "--out", "one")
+    ranks(2, *flags, "--batch-size", 4, "--out", "two")
+    one, two = (load_file(tmp_path / out / "model" / "adapter_model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys()
+    floats = {key: tensor for key, tensor in one.items() if tensor.is_floating_point() and tensor.norm() > 0}
+    assert largest_difference(two, floats) < 1e-5
+
+
+def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, flags, tmp_path):
+    flags = [*flags, "--max-steps", 60, "--save-every", 5, "--nproc", 2]
+    ranks(2, *flags, "--out", "whole")
+    child = process(*flags, "--out", "killed")
+    wait_for_step(tmp_path / "killed", 12, child)
+    members = psutil.Process(child.pid).children(recursive=True)
+    victim = next(p for p in members if p.environ().get("RANK") == "1")
+    victim.send_signal(signal.SIGKILL)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 1, err
+    assert err.count("error:") == 1, err
+    assert "rank 1 does not answer at step" in err
+    assert "rank 1 was killed by SIGKILL" in err
+    assert "Traceback" not in err
+    record = json.loads((tmp_path / "killed" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "rank 1 does not answer" in record["error"]
+    ranks(2, "pretrain", "--resume", "auto", "--out", "killed")
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_a_signal_stops_all_ranks_with_a_checkpoint(process, ranks, flags, tmp_path):
+    flags = [*flags, "--max-steps", 60, "--save-every", 50, "--nproc", 2]
+    ranks(2, *flags, "--out", "whole")
+    child = process(*flags, "--out", "stopped")
+    wait_for_step(tmp_path / "stopped", 10, child)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert err.count("error: stopped by") == 1, err
+    assert "--resume stopped" in err
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["status"] == "interrupted"
+    ranks(2, "pretrain", "--resume", "stopped")
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_a_failure_on_one_rank_is_told_by_name(ranks, flags, tmp_path):
+    broken = """
+from lowrank_cli.train import loop
+from lowrank_cli.errors import LowrankError
+if rank == 1:
+    original = loop.backward
+    def backward(session, *rest):
+        if session.progress.step == 3:
+            raise LowrankError("the disk is gone", "mount it again")
+        return original(session, *rest)
+    loop.backward = backward
+    undo.callback(setattr, loop, "backward", original)
+"""
+    results = ranks(2, *flags, "--out", "run", before=broken, code=1)
+    assert [r.err.count("error:") for r in results] == [0, 1]
+    assert "the disk is gone" in results[1].err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["error"] == "rank 1: the disk is gone"
+
+
+@pytest.mark.parametrize("mode", [["--per-layer"], ["--no-galore-in-backward"]])
+def test_a_gradient_that_breaks_on_one_rank_ends_both(mode, ranks, flags):
+    # the second update refreshes; the sum over the ranks is not finite, and the one that decomposes it finds out
+    broken = """
+from lowrank_cli.optim.gradients import Gradients
+from lowrank_cli.optim import replicated_gradients as module
+original = module.ReplicatedGradients._refresh_together
+def refresh(self, due):
+    if rank == 1 and self.replicas.update == 8 and due:
+        due[-1].grad.fill_(float("nan"))
+    original(self, due)
+module.ReplicatedGradients._refresh_together = refresh
+undo.callback(setattr, module.ReplicatedGradients, "_refresh_together", original)
+"""
+    results = ranks(2, *flags, *mode, "--log-every", 50, "--out", "run", before=broken, code=1)
+    assert [r.err.count("error:") for r in results] == [1, 0]
+    assert "is not finite at a refresh at step 8" in results[0].err
+
+
+def test_weights_that_differ_are_found_before_they_are_saved(ranks, flags, tmp_path):
+    broken = """
+from lowrank_cli.train import loop
+original = loop.Session.mark
+def mark(self):
+    original(self)
+    if rank == 1 and self.progress.step == 6:
+        self.model.model.norm.weight.data[3] *= 1 + 1e-6
+loop.Session.mark = mark
+undo.callback(setattr, loop.Session, "mark", original)
+"""
+    results = ranks(2, *flags, "--save-every", 5, "--out", "run", before=broken, code=1)
+    assert "the ranks have different weights in " in results[0].err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000005"]
+
+
+class TestBadInput:
+    def test_a_batch_that_the_processes_do_not_divide(self, ranks, flags):
+        results = ranks(2, *flags, "--total-batch-size", 12, "--batch-size", 4, code=2)
+        assert "12 sequences is not a whole number of batches of 4 on 2 processes" in results[0].err
+        assert "--total-batch-size 8 or 16" in results[0].err
+        assert not results[1].err
+
+    def test_a_resume_that_cannot_keep_the_total_batch(self, ranks, flags):
+        ranks(1, *flags, "--batch-size", 3, "--total-batch-size", 9, "--max-steps", 2, "--out", "run")
+        results = ranks(2, "pretrain", "--resume", "run", code=2)
+        assert "total batch of 9 sequences cannot be shared by 2 processes" in results[0].err
+        assert "resume with 1 or 3 processes" in results[0].err
+
+    def test_ranks_with_other_settings(self, pool, flags, tmp_path):
+        results = pool.run([*flags, "--lr", 0.1], [*flags, "--lr", 0.2], folder=tmp_path)
+        assert [r.code for r in results] == [2, 2]
+        assert "rank 1 has other settings than rank 0: lr: 0.1 -> 0.2" in results[0].err
+        assert not results[1].err
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_setting_that_one_rank_refuses(self, pool, flags, tmp_path):
+        results = pool.run(flags, [*flags, "--lr", -1], folder=tmp_path)
+        assert [r.code for r in results] == [2, 2]
+        assert [r.err.count("error:") for r in results] == [0, 1]
+        assert "--lr is -1" in results[1].err
+
+    def test_a_rank_that_never_comes(self, pool, flags, tmp_path):
+        begin = time.monotonic()
+        (result,) = pool.run([*flags, "--rank-timeout", 1], folder=tmp_path, env={"WORLD_SIZE": "2"})
+        assert result.code == 1
+        assert "rank 1 of 2 did not join within 1 s" in result.err
+        assert time.monotonic() - begin < 20
+
+    def test_a_rank_that_hangs(self, ranks, flags):
+        hanging = """
+from lowrank_cli.train import loop
+import time
+if rank == 1:
+    original = loop.backward
+    def backward(session, *rest):
+        if session.progress.step == 3:
+            time.sleep(6)
+        return original(session, *rest)
+    loop.backward = backward
+    undo.callback(setattr, loop, "backward", original)
+"""
+        results = ranks(2, *flags, "--rank-timeout", 2, "--out", "run", before=hanging, code=1)
+        assert "rank 1 does not answer at step 4" in results[0].err
+        assert "--resume run" in results[0].err
+
+    def test_one_gpu_for_two_processes(self, ranks, flags):
+        results = ranks(2, *flags, "--device", "cuda:1", code=2)
+        assert "--device cuda:1 is one device for 2 processes" in results[0].err
+
+    def test_more_processes_than_gpus(self, ranks, flags):
+        if os.environ.get("CUDA_VISIBLE_DEVICES") or Path("/dev/nvidia0").exists():
+            pytest.skip("this machine has GPUs")
+        results = ranks(2, *flags, "--device", "cuda", code=2)
+        assert "has no GPU of its own" in results[0].err

@@ -1,0 +1,109 @@
+"""--dry-run and --memory-budget as a user meets them, and a process's share under FSDP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowrank_cli import memory
+from lowrank_cli.errors import PreflightError
+from lowrank_cli.memory import tracker
+from lowrank_cli.memory.estimate import sharded
+from lowrank_cli.train import dry
+from lowrank_cli.train.dry import Description
+
+
+def total(config) -> int:
+    return Description(config, dry.architecture(config)).estimate().total
+
+
+def test_a_dry_run_adds_up_and_says_when_the_peak_is(lowrank):
+    code, out, err = lowrank("pretrain", "--method", "galore", "--dry-run", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert sum(found["at_peak"].values()) == found["total_bytes"]
+    largest = max(size for row in found["by_update"].values() for size in row.values())
+    assert largest == found["total_bytes"]
+    assert found["peak_in"] in err
+    assert not Path("runs").exists()
+
+
+def test_finetune_has_a_dry_run_from_the_configuration_alone(lowrank, base, tmp_path):
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    (folder / "config.json").write_text(Path(base, "config.json").read_text())
+    flags = ["finetune", "--model", folder, "--dataset", "nowhere.jsonl", "--dry-run", "--json"]
+    found = {}
+    for quantize in ([], ["--quantize", "nf4"]):
+        code, out, err = lowrank(*flags, *quantize)
+        assert code == 0, err
+        found[bool(quantize)] = json.loads(out)
+    # the 802,816 elements of the layers' linears go from 4 bytes to half of one and its scales
+    saved = found[False]["weights_bytes"] - found[True]["weights_bytes"]
+    assert saved == pytest.approx(802_816 * (4 - 0.5 - 1 / 64), rel=0.02)
+    assert found[False]["optimizer_states_bytes"] == found[True]["optimizer_states_bytes"]
+
+
+def test_a_budget_that_is_too_small_names_what_fits(lowrank):
+    flags = ["pretrain", "--model", "llama-9m", "--batch-size", 8]
+    code, _, err = lowrank(*flags, "--memory-budget", "60MB")
+    assert code == 3
+    hint = err.partition("hint: ")[2].partition(" with: ")[2].split()
+    assert hint[0] == "--batch-size"
+    code, out, err = lowrank(*flags, *hint, "--memory-budget", "60MB", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["total_bytes"] <= 60 * 2**20
+
+
+def test_every_knob_has_the_estimate_of_its_flags(pretraining, capsys):
+    config = pretraining(batch_size=8, vocab_size=512)
+    before = total(config)
+    with pytest.raises(PreflightError) as caught:
+        memory.check(before, 1 << 20, config, total)
+    assert "take a smaller --model" in caught.value.hint
+    # what costs nothing in quality comes before what does
+    hint = caught.value.hint
+    order = ["--batch-size", "--activation-checkpointing", "--dtype", "--method"]
+    assert [hint.index(flag) for flag in order] == sorted(hint.index(flag) for flag in order)
+    checkpointed = pretraining(batch_size=8, vocab_size=512, activation_checkpointing=True)
+    assert total(checkpointed) < before
+
+
+def test_what_fits_is_no_error(pretraining):
+    memory.check(100, 100, pretraining(), lambda config: pytest.fail("nothing to look for"))
+
+
+def test_shards_divide_what_is_held_and_gather_what_is_at_hand(pretraining):
+    config = pretraining(method="galore", vocab_size=512)
+    description = Description(config, dry.architecture(config))
+    run, model = description.run(), description.model()
+    alone = memory.estimate(run, model)
+    assert memory.estimate(run, model, world_size=4).items == alone.items  # DDP: each has everything
+    four = memory.estimate(run, model, world_size=4, parallel="fsdp")
+    assert four.optimizer_states == pytest.approx(alone.optimizer_states / 4, abs=1)
+    # all but the gathered units: the rest of the model and two of its four equal layers
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    rest = sum(p.nbytes for p in model.parameters()) - 4 * layer
+    assert four.most(tracker.WEIGHTS) == pytest.approx(
+        alone.most(tracker.WEIGHTS) / 4 + 0.75 * (rest + 2 * layer), rel=1e-6
+    )
+    one = sharded(alone.parts, model, 1)
+    assert [part.total for part in one] == [part.total for part in alone.parts]
+    with pytest.raises(ValueError, match="one of ddp, fsdp"):
+        memory.estimate(run, model, world_size=2, parallel="pipeline")
+
+
+def test_a_run_says_its_estimate_beside_the_measured_peak(lowrank, tiny_flags):
+    code, out, err = lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--out", "run", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    dry_code, dry_out, _ = lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--dry-run", "--json")
+    assert dry_code == 0
+    estimated = result["estimated_memory_bytes"]
+    assert json.loads(Path("run/run.json").read_text())["result"]["estimated_memory_bytes"] == estimated
+    assert estimated == json.loads(dry_out)["total_bytes"]
+    # the process holds Python and its libraries as well
+    assert estimated < result["peak_memory_bytes"]
+    assert "estimated for its tensors" in err
