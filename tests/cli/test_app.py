@@ -155,8 +155,9 @@ def test_dry_run_needs_no_weights_and_writes_nothing(lowrank, model):
     assert (
         estimate["parameters"] == {"llama-9m": 8_995_968, "llama-7b": 6_738_415_616}[model]
     )  # of the papers' configs
-    assert estimate["weights_bytes"] == 4 * estimate["parameters"]
-    assert estimate["total_bytes"] == sum(v for k, v in estimate.items() if k not in ("parameters", "total_bytes"))
+    # with the rotary frequencies
+    assert 0 <= estimate["weights_bytes"] - 4 * estimate["parameters"] < 1024
+    assert estimate["total_bytes"] == sum(estimate["at_peak"].values())
     assert "rank" in err
     assert not Path("runs").exists()
 

@@ -69,17 +69,16 @@ def test_8_bit_moments_take_their_workspace():
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),
     tokens=st.integers(1, 64),
     bias=st.booleans(),
-    activation=st.sampled_from([nn.ReLU, nn.SiLU, nn.GELU, nn.Identity]),
+    activation=st.sampled_from([nn.ReLU, nn.SiLU, nn.Tanh, nn.Identity]),
 )
 def test_counts_what_autograd_saves_and_frees(sizes, tokens, bias, activation):
     def passes(device):
         layers = [nn.Linear(m, n, bias=bias, device="meta") for m, n in zip([7, *sizes], sizes, strict=False)]
         net = nn.Sequential(*(part for layer in layers for part in (layer, activation()))).to_empty(device=device)
         for _ in range(2):
-            net(torch.zeros(tokens, 7, device=device)).sum().backward()
+            net(torch.zeros(tokens, 7, device=device)).square().sum().backward()
 
     real, ours = allocated(lambda: passes("cpu")), tracked(lambda: passes("meta"))
-    # the weights were made before either began to look, but gradients and activations were not
     assert ours == pytest.approx(real, abs=64)
 
 
