@@ -6,7 +6,7 @@ The YAML is flat: plain settings at the top, a method's settings under the metho
 """
 
 import os
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class RunConfig:
             flat |= {key_of(f): getattr(part, f.name) for f in offered(self.command, cls)}
         if not self.method:
             del flat["method"]
-        return flat | {name: asdict(part) for name, part in self.methods.items() if fields(part)}
+        own = {name: {key_of(f): getattr(part, f.name) for f in fields(part)} for name, part in self.methods.items()}
+        return flat | {name: settings for name, settings in own.items() if settings}
 
 
 def offered(command: str, cls) -> list:

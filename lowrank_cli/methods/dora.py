@@ -14,5 +14,5 @@ from lowrank_cli.methods.lora import LoRA
 class DoRA(LoRA):
     title = "DoRA"
     paper = "https://arxiv.org/abs/2402.09353"
-    summary = "LoRA with the rows' magnitudes trained apart from their directions (arXiv:2402.09353)"
+    summary = "LoRA with the rows' magnitudes trained apart from it"
     dora = True

@@ -43,7 +43,7 @@ OPEN = {
 class GradNormLoRP(Method):
     title = "GradNormLoRP"
     paper = "https://arxiv.org/abs/2412.19616"
-    summary = "weights as magnitude times direction, gradients of the direction projected"
+    summary = "magnitude times direction, whose gradient is projected"
     acts_on = frozenset({"gradients", "weights"})
     commands = frozenset({"pretrain", "finetune"})
     defaults = {"lr": 0.01}

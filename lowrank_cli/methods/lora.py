@@ -28,7 +28,7 @@ TARGETS = (
 class LoRA(Method):
     title = "LoRA"
     paper = "https://arxiv.org/abs/2106.09685"
-    summary = "a trainable low-rank update beside frozen weights (arXiv:2106.09685)"
+    summary = "a trained low-rank update beside frozen weights"
     acts_on = frozenset({"weights"})
     commands = frozenset({"finetune"})
     adapter = True

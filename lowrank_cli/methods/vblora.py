@@ -42,7 +42,7 @@ ADAPTER = "default"
 class VBLoRA(Method):
     title = "VB-LoRA"
     paper = "https://arxiv.org/abs/2405.15179"
-    summary = "adapters of a few thousand numbers, composed from one shared bank of vectors"
+    summary = "tiny adapters, composed from one shared bank of vectors"
     acts_on = frozenset({"weights"})
     commands = frozenset({"finetune"})
     adapter = True
@@ -64,12 +64,16 @@ class VBLoRA(Method):
         dropout: float = option(0.0, "dropout of the addition's input", min=0, below=1)
         lr_vector_bank: float = option(1e-3, "peak learning rate of the bank", above=0)
         lr_logits: float = option(1e-2, "peak learning rate of the logits", above=0)
-        init_vector_bank_bound: float = option(0.02, "the bank starts uniform between minus this and this", above=0)
+        init_vector_bank_bound: float = option(
+            0.02, "the bank starts uniform between minus this and this", flag="init_bound", above=0
+        )
         init_logits_std: float = option(
             0.1, "standard deviation of the first logits; the authors' GLUE code has 0.01", min=0
         )
         save_only_topk_weights: bool = option(
-            True, "save only what was selected: a small file for inference and merging, not for training on"
+            True,
+            "save only what was selected: a small file for inference and merging, not for training on",
+            flag="save_only_topk",
         )
 
     def check(self, run: RunConfig) -> None:
@@ -222,7 +226,7 @@ class VBLoRA(Method):
         if trainable and bank.is_fixed:
             raise UsageError(
                 f"the adapter in {folder} holds the selected vectors only, so it cannot be trained on",
-                "save it with --no-vblora-save-only-topk-weights, or go on from the run's checkpoint with --resume",
+                "save it with --no-vblora-save-only-topk, or go on from the run's checkpoint with --resume",
             )
         if not adapters_of(model):
             model.requires_grad_(False)

@@ -32,7 +32,7 @@ DEFAULT_BUDGET = 0.8
 class WeLore(Method):
     title = "WeLore"
     paper = "https://arxiv.org/abs/2407.11239"
-    summary = "weights with few large singular values become low-rank factors; fine-tuning trains only those"
+    summary = "low-rank factors for weights that allow it; only those train"
     acts_on = frozenset({"weights"})
     commands = frozenset({"compress", "finetune"})
     defaults = {"lr": 5e-5}

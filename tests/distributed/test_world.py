@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -152,6 +154,34 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint(process, ranks, flags, tmp_p
     assert json.loads((tmp_path / "stopped" / "run.json").read_text())["status"] == "interrupted"
     ranks(2, "pretrain", "--resume", "stopped")
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(ranks, flags, tmp_path):
+    asked = """
+from lowrank_cli.train import loop
+import os, signal
+original = loop.Session.mark
+def mark(self):
+    original(self)
+    if rank == 1 and self.progress.step == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+loop.Session.mark = mark
+undo.callback(setattr, loop.Session, "mark", original)
+"""
+    results = ranks(2, *flags, "--out", "run", before=asked, code=130)
+    assert [r.err.count("error:") for r in results] == [1, 0]
+    assert "after step 6 of 20" in results[0].err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000006"]
+
+
+def test_torchrun_starts_the_processes_too(flags, tmp_path, ranks):
+    ranks(2, *flags, "--out", "pool")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "lowrank_cli", *map(str, flags), "--out", "torchrun"]
+    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.count("validation perplexity") == 1
+    assert same(weights(tmp_path / "torchrun"), weights(tmp_path / "pool"))
 
 
 def test_a_failure_on_one_rank_is_told_by_name(ranks, flags, tmp_path):
