@@ -168,7 +168,11 @@ def find_resumed(call: Invocation) -> tuple[RunDir | None, Path | None]:
         if call.out and Path(call.out).resolve() != folder.path.resolve():
             raise UsageError(f"--out {call.out} is not the run that --resume {call.resume} continues", "drop --out")
     named = Path(call.resume)
-    if named.name.startswith("step-") and named.is_dir():
+    if named.name.startswith("step-"):
+        if not named.is_dir():
+            raise MissingError(
+                f"there is no checkpoint {named}", f"it may have been pruned; the newest one: --resume {folder.path}"
+            )
         return folder, named
     from lowrank_cli.train import checkpoint
 

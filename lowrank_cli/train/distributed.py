@@ -315,7 +315,7 @@ class World:
         """Whether this process is the first to tell how the run ended."""
         rank = self.place.rank
         if rank:
-            time.sleep(LAST_WORDS_S / 10)
+            self._listen(LAST_WORDS_S / 2)
         known = {
             "rank": rank,
             "message": error.message
@@ -329,6 +329,15 @@ class World:
         except RuntimeError:
             # the store went with rank 0: the lowest of the others speaks
             return rank <= 1
+
+    def _listen(self, seconds: float) -> None:
+        """Until another rank has told how the run ended: an error of all is rank 0's to tell."""
+        end = time.monotonic() + seconds
+        try:
+            while time.monotonic() < end and not self.store.check(["failed"]):
+                time.sleep(0.02)
+        except RuntimeError:
+            return
 
     def _leave(self) -> None:
         import torch.distributed as dist

@@ -23,6 +23,13 @@ def largest_difference(a: dict, b: dict) -> float:
     return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm()) for k in b)
 
 
+def told(results: list) -> str:
+    """What the ranks have printed; exactly one of them, whichever was quicker, said what was wrong."""
+    printed = "".join(r.err for r in results)
+    assert printed.count("error:") == 1, printed
+    return printed
+
+
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
 
@@ -169,8 +176,7 @@ loop.Session.mark = mark
 undo.callback(setattr, loop.Session, "mark", original)
 """
     results = ranks(2, *flags, "--out", "run", before=asked, code=130)
-    assert [r.err.count("error:") for r in results] == [1, 0]
-    assert "after step 6 of 20" in results[0].err
+    assert "after step 6 of 20" in told(results)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000006"]
 
 
@@ -219,8 +225,7 @@ module.ReplicatedGradients._refresh_together = refresh
 undo.callback(setattr, module.ReplicatedGradients, "_refresh_together", original)
 """
     results = ranks(2, *flags, *mode, "--log-every", 50, "--out", "run", before=broken, code=1)
-    assert [r.err.count("error:") for r in results] == [1, 0]
-    assert "is not finite at a refresh at step 8" in results[0].err
+    assert "is not finite at a refresh at step 8" in told(results)
 
 
 def test_weights_that_differ_are_found_before_they_are_saved(ranks, flags, tmp_path):
@@ -235,28 +240,26 @@ loop.Session.mark = mark
 undo.callback(setattr, loop.Session, "mark", original)
 """
     results = ranks(2, *flags, "--save-every", 5, "--out", "run", before=broken, code=1)
-    assert "the ranks have different weights in " in results[0].err
+    assert "the ranks have different weights in " in told(results)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000005"]
 
 
 class TestBadInput:
     def test_a_batch_that_the_processes_do_not_divide(self, ranks, flags):
         results = ranks(2, *flags, "--total-batch-size", 12, "--batch-size", 4, code=2)
-        assert "12 sequences is not a whole number of batches of 4 on 2 processes" in results[0].err
-        assert "--total-batch-size 8 or 16" in results[0].err
-        assert not results[1].err
+        assert "12 sequences is not a whole number of batches of 4 on 2 processes" in told(results)
+        assert "--total-batch-size 8 or 16" in told(results)
 
     def test_a_resume_that_cannot_keep_the_total_batch(self, ranks, flags):
         ranks(1, *flags, "--batch-size", 3, "--total-batch-size", 9, "--max-steps", 2, "--out", "run")
         results = ranks(2, "pretrain", "--resume", "run", code=2)
-        assert "total batch of 9 sequences cannot be shared by 2 processes" in results[0].err
-        assert "resume with 1 or 3 processes" in results[0].err
+        assert "total batch of 9 sequences cannot be shared by 2 processes" in told(results)
+        assert "resume with 1 or 3 processes" in told(results)
 
     def test_ranks_with_other_settings(self, pool, flags, tmp_path):
         results = pool.run([*flags, "--lr", 0.1], [*flags, "--lr", 0.2], folder=tmp_path)
         assert [r.code for r in results] == [2, 2]
-        assert "rank 1 has other settings than rank 0: lr: 0.1 -> 0.2" in results[0].err
-        assert not results[1].err
+        assert "rank 1 has other settings than rank 0: lr: 0.1 -> 0.2" in told(results)
         assert not (tmp_path / "runs").exists()
 
     def test_a_setting_that_one_rank_refuses(self, pool, flags, tmp_path):
@@ -286,15 +289,15 @@ if rank == 1:
     undo.callback(setattr, loop, "backward", original)
 """
         results = ranks(2, *flags, "--rank-timeout", 2, "--out", "run", before=hanging, code=1)
-        assert "rank 1 does not answer at step 4" in results[0].err
-        assert "--resume run" in results[0].err
+        assert "rank 1 does not answer at step 4" in told(results)
+        assert "--resume run" in told(results)
 
     def test_one_gpu_for_two_processes(self, ranks, flags):
         results = ranks(2, *flags, "--device", "cuda:1", code=2)
-        assert "--device cuda:1 is one device for 2 processes" in results[0].err
+        assert "--device cuda:1 is one device for 2 processes" in told(results)
 
     def test_more_processes_than_gpus(self, ranks, flags):
         if os.environ.get("CUDA_VISIBLE_DEVICES") or Path("/dev/nvidia0").exists():
             pytest.skip("this machine has GPUs")
         results = ranks(2, *flags, "--device", "cuda", code=2)
-        assert "has no GPU of its own" in results[0].err
+        assert "has no GPU of its own" in told(results)
