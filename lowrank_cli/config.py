@@ -82,6 +82,11 @@ class RunConfig:
         return flat | {name: settings for name, settings in own.items() if settings}
 
 
+def newest_run(command: str) -> Path | None:
+    """The run whose model a command takes without --model: for fine-tuning a plain one: adapters do not stack."""
+    return RunDir.newest_with_model(plain=command == "finetune")
+
+
 def offered(command: str, cls) -> list:
     """The fields of a section that are settings of this command."""
     hidden = COMMANDS[command].hidden
@@ -177,7 +182,7 @@ def resolve(
     model = merged.get("model", (None, ""))[0]
     if command == "pretrain" and model is None and not any(k in merged for k in ("model_config", "continue_from")):
         merged["model"], model = ("llama-9m", "--model"), "llama-9m"
-    if command != "pretrain" and model is None and (newest := RunDir.newest_with_model()) is not None:
+    if command != "pretrain" and model is None and (newest := newest_run(command)) is not None:
         # by its own name, since runs/latest will point at another run soon
         merged["model"], model = (str(newest), "--model"), str(newest)
     for part in parts:

@@ -84,12 +84,17 @@ class RunDir:
         raise MissingError(where, "train one: lowrank pretrain --method galore")
 
     @staticmethod
-    def newest_with_model() -> Path | None:
-        """The newest run under ./runs that has a model or a checkpoint; None if there is none."""
+    def newest_with_model(*, plain: bool = False) -> Path | None:
+        """The newest run under ./runs that has a model or a checkpoint; None if there is none.
+
+        Args:
+            plain: adapters do not count.
+        """
+        files = MODEL_FILES[:1] if plain else MODEL_FILES
 
         def has_model(run: Path) -> bool:
             whole = [run / "model", *sorted(run.glob("checkpoints/step-*"))]
-            return any((folder / file).is_file() for folder in whole for file in MODEL_FILES)
+            return any((folder / file).is_file() for folder in whole for file in files)
 
         found = [p for p in RUNS.glob("*") if not p.is_symlink() and (p / "run.json").is_file() and has_model(p)]
         return max(found, key=lambda p: p.name, default=None)

@@ -92,7 +92,7 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
     without_text = settings.weighting == "none" or (settings.calibrate is None and (own is None or settings.paper))
     if without_text and not config.compress.eval_tokens and config.compress.format == "factored":
         reader = Reader(source, config)
-        if reader.files and config.model.dtype == "auto":
+        if reader.files and reader.has_head and config.model.dtype == "auto":
             given = given_spectra(config, reader.shapes)
             return streaming.Streamed(config, part, reader, streaming.values_of(reader), given)
     model = models.load(
@@ -116,6 +116,8 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
         weighting = "none"
     measuring = DataConfig(dataset=config.compress.dataset) if config.compress.dataset else own or DataConfig()
     tokenizer = tokenizer_for(source, model, offline, needed=weighting != "none" or config.compress.eval_tokens > 0)
+    if weighting != "none" and settings.calibrate is not None and settings.calibrate == config.compress.dataset:
+        console.warn(f"{settings.calibrate} both calibrates and measures: the perplexity after will flatter")
     length = config.compress.max_length
     count = math.ceil(config.compress.eval_tokens / (length - 1))
     common = {"length": length, "offline": offline}
@@ -126,12 +128,26 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
         targets=targets,
         tokenizer=tokenizer,
         calibration=windows(
-            calibrating, "train", tokenizer, count=settings.samples, flag="--welore-calibrate", **common
+            calibrating,
+            "train",
+            tokenizer,
+            count=settings.samples,
+            flag="--welore-calibrate",
+            whole=settings.calibrate is not None,
+            **common,
         )
         if weighting != "none"
         else [],
         weighting=weighting,
-        measuring=windows(measuring, "validation", tokenizer, count=count, flag="--dataset", **common)
+        measuring=windows(
+            measuring,
+            "validation",
+            tokenizer,
+            count=count,
+            flag="--dataset",
+            whole=config.compress.dataset is not None,
+            **common,
+        )
         if count
         else [],
         texts={"calibration": calibrating.dataset if weighting != "none" else None, "evaluation": measuring.dataset},
@@ -161,7 +177,11 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
         "method": config.method, "run": str(folder.path), "model": str(folder.model), "weighting": job.weighting,
         "calibration_text": job.texts["calibration"], "evaluation_text": job.texts["evaluation"],
     }  # fmt: skip
-    before = measure(model, job.measuring)
+    stored, computed = stored_dtype(model, job.config), model.dtype
+    # both measurements are of what is stored
+    before = measure(model.to(stored), job.measuring)
+    model.to(computed)
+    bytes_before = sum(p.numel() for p in model.parameters()) * stored.itemsize
     rows: list[dict[str, Any]] = []
     if targets.linears:
         plain, weighted, store = spectra_of(job, folder)
@@ -170,17 +190,27 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
         result |= report.about(job.part, plain, ranks)
         factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
         shutil.rmtree(store.folder, ignore_errors=True)
-    after = measure(model, job.measuring)
+    after = measure(model.to(stored), job.measuring)
     if config.compress.format == "dense":
         densify(model)
     elif low_rank_linears(model):
         mark(model, {"details": report.details(result)})
     for key in before:
         result[f"{key}_before"], result[f"{key}_after"] = before[key], after[key]
+    result["bytes_before"] = bytes_before
     result["bytes_after"] = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
     streaming.commit(folder.path, lambda path: save(path, model, job.tokenizer), folder.model)
     report.write(folder, rows, result, plots=config.compress.plots)
     return result
+
+
+def stored_dtype(model: nn.Module, config: RunConfig) -> torch.dtype:
+    """The dtype that the compressed model is stored in: the given one, else that of the model's own files."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if config.model.dtype in named:
+        return named[config.model.dtype]
+    own = models.config_of(config.model, offline=config.common.offline).dtype
+    return own if isinstance(own, torch.dtype) and own.is_floating_point else model.dtype
 
 
 def spectra_of(job: Job, folder: RunDir) -> tuple[Spectra, Spectra, Store]:

@@ -7,6 +7,7 @@ a model much larger than memory can be read. Values are cached by the content of
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,11 @@ class Reader:
         self.config = config
         self.model: nn.Module | None = None
         self.files = self.index(source)
+        self.has_head = False  # the files' names are those of the language model, not of the model inside it
         for skeleton in self.skeletons() if self.files else ():
             linears = find_targets(skeleton).linears
             if all(f"{name}.weight" in self.files for name in linears):
+                self.has_head = type(skeleton) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
                 self.shapes = {name: shape_of(module) for name, module in linears.items()}
                 self.transposed = {name for name, m in linears.items() if not hasattr(m, "out_features")}
                 return
@@ -89,7 +92,14 @@ class Reader:
         if source.gguf or source.adapter or not source.is_local:
             return {}
         found = {}
-        for path in sorted(Path(source.location).glob("*.safetensors")):
+        folder = Path(source.location)
+        # a folder may hold others: a checkpoint has the optimizer's, some models the same weights once more
+        listed = folder / "model.safetensors.index.json"
+        if listed.is_file():
+            names = sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
+        for path in (folder / name for name in names):
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
         return found
@@ -191,7 +201,7 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
     tokenizer = tokenizer_for(source, reader.load(), offline, needed=True)
     return windows(
         text, "train", tokenizer, length=config.spectra.max_length, count=config.spectra.gradients, offline=offline,
-        flag="--dataset",
+        flag="--dataset", whole=own is None,
     )  # fmt: skip
 
 

@@ -50,25 +50,26 @@ def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, need
 
 
 def windows(
-    text: DataConfig, part: str, tokenizer, *, length: int, count: int, offline: bool, flag: str
+    text: DataConfig, part: str, tokenizer, *, length: int, count: int, offline: bool, flag: str, whole: bool
 ) -> list[Tensor]:
     """Full windows of a text's tokens, documents joined as in packed training, in batches.
 
     Args:
-        text: the dataset. Of a single file all is read, whatever the part.
+        text: the dataset.
         part: "train" or "validation".
         tokenizer: the model's.
         length: T, tokens in a window.
         count: the most windows.
         offline: never touch the network.
         flag: that named the text, for messages.
+        whole: of a single file all is read, whatever the part; for one that was named for this and nothing else.
     Returns:
         (B, T) int64 each, together at most `count` rows.
     Raises:
         UsageError: the text is shorter than one window.
         MissingError: it is not there.
     """
-    if Path(text.dataset).is_file():
+    if whole and Path(text.dataset).is_file():
         text, part = DataConfig(dataset=text.dataset, validation_dataset=text.dataset), "validation"
     reader = RowReader(open_source(text, part, offline=offline), Encoder(tokenizer, "packed", length), length)
     rows = [torch.from_numpy(row).long() for _, row in zip(range(count), reader, strict=False)]

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,10 +64,11 @@ def read_text(settings: HarnessConfig, *, offline: bool) -> Text:
     """
     name, data_dir = settings.dataset, Path(settings.data_dir).expanduser() if settings.data_dir else None
     joined = settings.documents == "joined"
-    if name == WIKITEXT2 or "wiki." in Path(name).name:
+    if name == WIKITEXT2 or re.fullmatch(r"wiki\.(train|valid|test)\.(raw|tokens)(\.gz)?", Path(name).name):
         rows = _wikitext_rows(name, data_dir, offline)
         text = _BLANK.join(rows)
-        return Text("wikitext-2 test, rows joined by two line ends", [text], len(text.split()))
+        what = "wikitext-2 test" if name == WIKITEXT2 else Path(name).name
+        return Text(f"{what}, rows joined by two line ends", [text], len(text.split()))
     if name == C4:
         found = find(data_dir, ("c4-validation.00000-of-00008.json", "c4*.json")) if data_dir else None
         if data_dir and not found:

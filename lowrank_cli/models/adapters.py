@@ -25,6 +25,10 @@ def inject(model: nn.Module, config: PeftConfig) -> None:
     """
     try:
         inject_adapter_in_model(config, model, adapter_name=NAME)
+        for p in model.parameters():
+            if p.requires_grad and p.is_floating_point():
+                # in bfloat16 the small updates of a fine-tuning would round to nothing; PEFT casts the input
+                p.data = p.data.float()
     except ValueError as error:
         raise UsageError(
             f"the adapter does not fit this model: {' '.join(str(error).split())}", "name other targets"

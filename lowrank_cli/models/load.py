@@ -275,10 +275,10 @@ class Head:
     @property
     def arguments(self) -> dict[str, Any]:
         """Of the model's configuration."""
-        names = dict(enumerate(self.labels))
+        names = dict(enumerate(self.labels or ("score",)))
         pad = {} if self.pad_token_id is None else {"pad_token_id": self.pad_token_id}
         return {
-            "num_labels": len(self.labels),
+            "num_labels": len(names),
             "id2label": names,
             "label2id": {v: k for k, v in names.items()},
             "problem_type": "regression" if self.regression else "single_label_classification",

@@ -33,7 +33,7 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Mod
     Raises:
         UsageError: a pattern that matches no linear, no pattern, or a model whose layers the default does not know.
     """
-    found = linears(model)
+    found = {name: module for name, module in linears(model).items() if not _is_head(model, name)}
     if patterns is None:
         chosen = {name: module for name, module in found.items() if _is_layer_linear(name)}
         if not chosen:
@@ -54,6 +54,13 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Mod
                 f"target pattern '{pattern}' matches no linear of the model", did_you_mean + _listing(found)
             )
     return {name: module for name, module in found.items() if any(_matches(name, p) for p in patterns)}
+
+
+def _is_head(model: nn.Module, name: str) -> bool:
+    """Whether a linear belongs to a classifier's head or to a pooler that was drawn anew: those train as they are."""
+    if "SequenceClassification" not in type(model).__name__:
+        return False
+    return not name.startswith(model.base_model_prefix + ".") or f"{name}.weight" in getattr(model, "newly_drawn", ())
 
 
 ALL_LINEAR = "all-linear"

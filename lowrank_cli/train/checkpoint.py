@@ -36,6 +36,7 @@ class Progress:
     evaluation: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # the best evaluation so far, and its step
     worse: int = 0  # evaluations since then
+    evaluated: int = -1  # the step of the last whole evaluation
 
 
 def save(
@@ -81,6 +82,7 @@ def save(
                 "evaluation": progress.evaluation,
                 "best": progress.best,
                 "worse": progress.worse,
+                "evaluated": progress.evaluated,
                 "python_rng": rng["python"],
                 "optimizer_numbers": numbers,
             },
@@ -145,13 +147,16 @@ def load_trainable(folder: Path, model: nn.Module) -> None:
             own[name].copy_(tensor)
 
 
-def save_best(folder: Path, model: nn.Module, method_states: dict[str, Tensor]) -> None:
+def save_best(folder: Path, model: nn.Module, method_states: dict[str, Tensor], step: int) -> None:
     """Keep what trains as it is now, in place of what was kept before; a kill leaves one of them whole."""
+    best_step(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         write_trainable(temporary, model)
+        write_json(temporary / "step.json", {"step": step})
         save_file(method_states, temporary / "method.safetensors")
         commit(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -159,6 +164,15 @@ def save_best(folder: Path, model: nn.Module, method_states: dict[str, Tensor]) 
         raise LowrankError(
             f"could not keep the best weights in {folder}: {reason(error)}", "make room, or choose another --out"
         ) from None
+
+
+def best_step(folder: Path) -> int | None:
+    """The step whose weights are kept, after putting back what a killed process had moved aside; None without."""
+    aside = folder.with_name(f".old-{folder.name}")
+    if not folder.exists() and aside.exists():
+        os.replace(aside, folder)
+    file = folder / "step.json"
+    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.is_file() else None
 
 
 def load_best(folder: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -189,6 +203,7 @@ def commit(temporary: Path, final: Path) -> None:
     if final.exists():
         # the same step again, after a resume: the old one steps aside until the new one has its name
         aside = final.with_name(f".old-{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
         os.replace(final, aside)
         os.replace(temporary, final)
         shutil.rmtree(aside, ignore_errors=True)

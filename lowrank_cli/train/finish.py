@@ -16,7 +16,7 @@ from lowrank_cli.models.source import ADAPTER, place
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
 from lowrank_cli.train.objective import mean_line
-from lowrank_cli.train.setup import head_parameters
+from lowrank_cli.train.setup import head_of, head_parameters
 
 if TYPE_CHECKING:
     from lowrank_cli.train.loop import Session
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 def finish(session: Session) -> dict[str, Any]:
     """Write model/ and return what came of the run."""
     run, progress = session.run, session.progress
-    if progress.best and (run.path / "best").is_dir():
+    kept = checkpoint.best_step(run.path / "best") if progress.best else None
+    if kept is not None and kept != progress.best["step"]:
+        console.warn(
+            f"best/ has the weights of step {kept}, which this run did not judge best: the last ones are taken"
+        )
+    elif kept is not None:
         if progress.best["step"] != progress.step:
             console.note(f"model/ gets the best weights, of step {int(progress.best['step'])}")
         session.load_method_states(checkpoint.load_best(run.path / "best", session.model))
@@ -53,6 +58,8 @@ def finish(session: Session) -> dict[str, Any]:
         "run": str(run.path),
         "model": str(run.model),
         "is_adapter": not merging,
+        "base": session.base,
+        "labels": getattr(session.model.config, "num_labels", 0),
         "plots": session.config.train.plots,
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -101,7 +108,7 @@ def merge(session: Session, folder: Path) -> None:
         from lowrank_cli.models import load
 
         dtype = session.model.dtype if session.model.dtype.is_floating_point else torch.float32
-        head = load.Head(tuple(session.data.label_names)) if head_parameters(session.model) else None
+        head = head_of(session.data)
         source = replace(place(session.base, offline=session.config.common.offline), adapter=str(folder))
         session.model = load.load_weights(source, dtype, head=head).to(session.device)
         shutil.rmtree(folder)
@@ -193,14 +200,18 @@ def next_commands(result: dict[str, Any]) -> list[str]:
             f"lowrank finetune --model {model}",
             f"lowrank eval mmlu --model {model}",
         ]
+    evaluate = f"lowrank eval mmlu --model {model}"
     if "validation_perplexity" not in result:
-        auto = "from peft import AutoPeftModelForSequenceClassification as A"
-        if not result["is_adapter"]:
-            auto = "from transformers import AutoModelForSequenceClassification as A"
-        return [f"python -c \"{auto}; A.from_pretrained('{model}')\""]
-    if result["is_adapter"]:
-        return [
-            f"lowrank eval mmlu --model {model}",
-            f"python -c \"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained('{model}')\"",
-        ]
-    return [f"lowrank eval mmlu --model {model}", f"lowrank compress --model {model}"]
+        auto = "from transformers import AutoModelForSequenceClassification as A"
+        load = (
+            f"A.from_pretrained('{result['base'] if result['is_adapter'] else model}', num_labels={result['labels']})"
+        )
+        if result["is_adapter"]:
+            auto, load = f"{auto}; from peft import PeftModel as P", f"P.from_pretrained({load}, '{model}')"
+        return [f'python -c "{auto}; {load}"']
+    if not result["is_adapter"]:
+        return [evaluate, f"lowrank compress --model {model}"]
+    if result["base"].endswith(".gguf"):
+        # PEFT cannot open the base by its name
+        return [evaluate]
+    return [evaluate, f"python -c \"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained('{model}')\""]

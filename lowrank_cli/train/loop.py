@@ -139,7 +139,9 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         run, config, total=steps.steps, progress=progress, device=session.device, causal=session.objective.causal
     )
     with Stop(replicas) as stop, reporter as report:
-        if progress.step == 0:
+        due = progress.step % steps.eval_every == 0 or progress.step == steps.steps
+        if due and progress.evaluated != progress.step:
+            # the first one, or one that a signal has cut off
             evaluate(session, report, stop)
         for step in range(progress.step + 1, steps.steps + 1):
             stop.check_all(session)
@@ -295,7 +297,7 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
         session.model, session.data, between=lambda: stop.check(session), replicas=session.replicas
     )
     progress = session.progress
-    progress.evaluation = values
+    progress.evaluation, progress.evaluated = values, progress.step
     report.evaluation(values, mean_line(values))
     if session.config.task is None:
         return
@@ -303,7 +305,7 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     if is_better(values[metric], progress.best.get(metric), higher):
         progress.best, progress.worse = {**values, "step": progress.step}, 0
         if session.config.task.keep_best and session.replicas.is_main:
-            checkpoint.save_best(session.run.path / "best", session.model, session.method_states())
+            checkpoint.save_best(session.run.path / "best", session.model, session.method_states(), progress.step)
     else:
         progress.worse += 1
 

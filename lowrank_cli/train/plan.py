@@ -31,19 +31,25 @@ def total_batch_size(config: RunConfig) -> int:
     return config.train.total_batch_size or config.train.batch_size
 
 
-def make(config: RunConfig, updates_per_epoch: int | None, kind: str | None = None) -> Plan:
+def make(
+    config: RunConfig,
+    updates_per_epoch: int | None,
+    kind: str | None = None,
+    tokens_per_row: float | None = None,
+) -> Plan:
     """The plan of a run.
 
     Args:
         config: the resolved configuration.
         updates_per_epoch: updates in one pass over the data; None for a stream of unknown length.
+        tokens_per_row: the mean, where rows are shorter than max_length.
         kind: of a supervised task: causal, classification or regression; None for running text.
     Raises:
         UsageError: the length is given twice, or in epochs of a stream.
     """
     check(config)
     train = config.train
-    tokens_per_update = total_batch_size(config) * config.data.max_length
+    tokens_per_update = round(total_batch_size(config) * (tokens_per_row or config.data.max_length))
     epochs = train.epochs
     if kind is not None and updates_per_epoch and not any((train.max_steps, train.max_train_tokens, epochs)):
         epochs = DEFAULT_EPOCHS[kind]

@@ -21,7 +21,7 @@ from lowrank_cli.train.distributed import World
 from lowrank_cli.train.loop import Session
 from lowrank_cli.train.metrics import check_sinks
 from lowrank_cli.train.objective import objective
-from lowrank_cli.train.setup import adapter_of, apply_methods
+from lowrank_cli.train.setup import adapter_of, apply_methods, head_of
 
 RUNNING_TEXT = "text"  # the task whose data is documents, not prompts and responses
 
@@ -65,7 +65,12 @@ def prepare(config: RunConfig, world: World | None = None) -> Session:
         model=model,
         parts=parts,
         optimizer=optimizer,
-        plan=plan.make(config, batches.train.updates_per_epoch, batches.kind if supervised else None),
+        plan=plan.make(
+            config,
+            batches.train.updates_per_epoch,
+            batches.kind if supervised else None,
+            batches.description["tokens"] / batches.description["records"] if supervised else None,
+        ),
         device=device,
         targets=targets,
         objective=objective(batches),
@@ -147,11 +152,6 @@ def labelled(
             status=console.note,
             **share(world),
         )
-    head = None
-    if batches.kind != "causal":
-        head = models.Head(
-            tuple(batches.label_names), regression=batches.kind == "regression", pad_token_id=tokenizer.pad_token_id
-        )
     model = models.load(
         config.model,
         config=None,
@@ -159,7 +159,7 @@ def labelled(
         device=device,
         seed=config.common.seed,
         offline=offline,
-        head=head,
+        head=head_of(batches),
         quantize=config.task.quantize,
     )
     models.check_vocabulary(model, tokenizer)
@@ -177,7 +177,13 @@ def share(world: World | None) -> dict[str, int]:
 
 
 def check_task(config: RunConfig, adapter: bool) -> None:
-    """Raises UsageError for settings of adapters with a method that trains none."""
+    """Raises UsageError for settings of adapters with a method that trains none, and for an adapter on an adapter."""
+    source = locate(config.model, offline=config.common.offline)
+    if adapter and source.adapter is not None:
+        raise UsageError(
+            f"{source.adapter} is an adapter, and a new one on it could be loaded by nobody: its files name one base",
+            "merge the first one (its finetune command with --merge), or train the whole model: --method full",
+        )
     if config.task.quantize and not adapter:
         raise UsageError(
             f"--quantize {config.task.quantize} freezes the base in 4 bits, and {config.method} trains it",

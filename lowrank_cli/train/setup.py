@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lowrank_cli import methods, optim
 from lowrank_cli.config import RunConfig
+from lowrank_cli.models.load import Head
 
 
 def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Method], list[dict]]:
@@ -32,6 +35,14 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     inner = model.base_model_prefix + "."
     drawn = getattr(model, "newly_drawn", frozenset())
     return {name: p for name, p in model.named_parameters() if not name.startswith(inner) or name in drawn}
+
+
+def head_of(data: Any) -> Head | None:
+    """The classification head that a run's data want; None for a language model."""
+    kind = getattr(data, "kind", "causal")
+    if kind == "causal":
+        return None
+    return Head(tuple(data.label_names), regression=kind == "regression", pad_token_id=data.tokenizer.pad_token_id)
 
 
 def adapter_of(parts: list[methods.Method]) -> methods.Method | None:

@@ -132,3 +132,36 @@ def test_the_adapter_is_a_model_for_the_other_commands(lowrank, flags):
     first = json.loads(Path("next/metrics.jsonl").read_text().splitlines()[0])
     assert first["eval_loss"] == pytest.approx(best, rel=1e-5)
     assert result["steps"] == 1
+
+
+def test_an_adapter_on_an_adapter_is_refused_and_the_default_is_a_plain_model(lowrank, flags, base):
+    shutil.copytree(base.parent, "runs/1-pretrain")
+    finetune(lowrank, "lora", ["--model", "runs/1-pretrain", *flags[2:]], *FEW, "--out", "runs/2-adapter")
+    code, _, err = lowrank("finetune", "--model", "runs/2-adapter", *flags[2:], "--max-steps", 1)
+    assert code == 2
+    assert "is an adapter" in err
+    assert "--merge" in err
+    code, out, err = lowrank("finetune", *flags[2:], "--print-config")
+    assert code == 0, err
+    assert "model: runs/1-pretrain" in out
+
+
+def test_best_weights_of_another_step_are_not_taken(lowrank, flags):
+    finetune(lowrank, "lora", flags, *FEW, "--out", "run")
+    shutil.rmtree("run/model")
+    shutil.rmtree("run/checkpoints/step-000006")
+    step = Path("run/best/step.json")
+    assert json.loads(step.read_text())["step"] in (3, 6)
+    # what a kill between the best weights and the next checkpoint leaves behind: weights of a later step
+    progress = Path("run/checkpoints/step-000003/progress.json")
+    assert json.loads(progress.read_text())["evaluated"] == 3
+    Path("run/best").rename("run/.old-best")
+    code, _, err = lowrank("finetune", "--resume", "run", "--json")
+    assert code == 0, err
+    assert not Path("run/.old-best").exists()
+
+
+def test_an_adapter_on_a_bfloat16_base_trains_in_float32(lowrank, flags):
+    finetune(lowrank, "lora", flags, *FEW, "--dtype", "bfloat16", "--out", "run")
+    saved = load_file("run/model/adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}

@@ -80,6 +80,43 @@ def test_reported_metrics_are_those_of_the_saved_model(lowrank, flags, mrpc):
     assert result["validation_f1"] == pytest.approx(f1_score(labels, predictions, zero_division=0))
 
 
+def test_a_regression_has_one_output_and_its_correlations(lowrank, base, tmp_path):
+    folder = tmp_path / "glue" / "STS-B"
+    folder.mkdir(parents=True)
+    names = [
+        "index",
+        "genre",
+        "filename",
+        "year",
+        "old_index",
+        "source1",
+        "source2",
+        "sentence1",
+        "sentence2",
+        "score",
+    ]
+    for part, rows in (("train", 32), ("dev", 16)):
+        lines = ["\t".join([str(i), *"abcdef", f"a cat {i}", f"a dog {i % 5}", str(i % 5)]) for i in range(rows)]
+        (folder / f"{part}.tsv").write_text("\n".join(["\t".join(names), *lines]) + "\n", encoding="utf-8")
+    flags = [
+        "--model",
+        str(base),
+        "--task",
+        "stsb",
+        "--data-dir",
+        str(folder.parent),
+        "--max-length",
+        32,
+        "--no-plots",
+    ]
+    for method in ("full", "lora"):
+        code, out, err = lowrank("finetune", "--method", method, *flags, "--max-steps", 4, "--out", method, "--json")
+        assert code == 0, err
+        assert -1 <= json.loads(out)["validation_pearson"] <= 1
+    model = AutoModelForSequenceClassification.from_pretrained("full/model")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+
+
 def test_patience_ends_the_run(lowrank, flags):
     more = ["--lr", "1e-12", "--max-steps", 30, "--eval-every", 1, "--patience", 2, "--out", "run", "--json"]
     code, out, err = lowrank("finetune", "--method", "lora", *flags, *more)

@@ -148,13 +148,13 @@ def test_tokenizer_of(config, tmp_path):
 
 def errors(tmp_path, config):
     """Each way to ask for a model that is not there: kind, message, hint, and the setting."""
-    (tmp_path / "file.gguf").write_text("")
+    (tmp_path / "file.bin").write_text("")
     (tmp_path / "empty").mkdir()
     a_run(tmp_path / "runs/new", config)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     return {
-        "file": (UsageError, "file.gguf is a file", "give the folder", {"name": str(tmp_path / "file.gguf")}),
+        "file": (UsageError, "file.bin is a file", "give the folder", {"name": str(tmp_path / "file.bin")}),
         "empty": (UsageError, "empty holds no model", "Hugging Face folder", {"name": str(tmp_path / "empty")}),
         "adapter": (UsageError, "holds an adapter", "merge it", {"name": str(tmp_path / "adapter")}),
         "new run": (MissingError, "no model and no checkpoint yet", "wait", {"name": str(tmp_path / "runs/new")}),

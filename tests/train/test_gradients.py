@@ -150,7 +150,8 @@ def test_staggered_refreshes_are_spread_over_the_gap(monkeypatch, lowrank, tiny_
     original = ProjectedOptimizer._refresh
 
     def refresh(self, p, state, group):
-        at.append(state.get("step", 0))
+        if p.device.type != "meta":  # where the estimate of memory carries out updates of its own
+            at.append(state.get("step", 0))
         return original(self, p, state, group)
 
     monkeypatch.setattr(ProjectedOptimizer, "_refresh", refresh)
