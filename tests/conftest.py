@@ -38,6 +38,15 @@ def own_cache(tmp_path_factory):
     os.environ["TORCH_EXTENSIONS_DIR"] = str(shared / "extensions")
 
 
+@pytest.fixture(autouse=True)
+def no_kernel_of_another_test(request, monkeypatch):
+    """What another test has compiled and loaded is not there for --kernel auto, as in a process of its own."""
+    from lowrank_cli.ops import build
+
+    if not {"ops", "optim"} & set(request.path.parts):
+        monkeypatch.setattr(build, "is_built", lambda kind: build.library(kind).is_file())
+
+
 @pytest.fixture(scope="session")
 def news(test_data, tmp_path_factory) -> Path:
     """A small file of real text: 120 Wikinews articles, one JSON object a line."""
@@ -71,11 +80,8 @@ def lowrank(tmp_path, monkeypatch, capsys):
     """Run the command in this process, in a folder of its own: returns its exit code, stdout and stderr."""
     from lowrank_cli import console
     from lowrank_cli.main import main
-    from lowrank_cli.ops import build
 
     monkeypatch.chdir(tmp_path)
-    # a process of its own has not loaded what another test has; auto has to choose alike in both
-    monkeypatch.setattr(build, "is_built", lambda kind: build.library(kind).is_file())
 
     def call(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()

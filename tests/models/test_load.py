@@ -154,9 +154,14 @@ def errors(tmp_path, config):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     return {
-        "file": (UsageError, "file.bin is a file", "give the folder", {"name": str(tmp_path / "file.bin")}),
+        "file": (
+            UsageError,
+            "file.bin is a file",
+            "give a .gguf file, or the folder",
+            {"name": str(tmp_path / "file.bin")},
+        ),
         "empty": (UsageError, "empty holds no model", "Hugging Face folder", {"name": str(tmp_path / "empty")}),
-        "adapter": (UsageError, "holds an adapter", "merge it", {"name": str(tmp_path / "adapter")}),
+        "adapter": (UsageError, "names no base model", "base_model_name_or_path", {"name": str(tmp_path / "adapter")}),
         "new run": (MissingError, "no model and no checkpoint yet", "wait", {"name": str(tmp_path / "runs/new")}),
         "no folder": (MissingError, "no folder ./nope", "runs/latest", {"name": "./nope"}),
         "no run": (MissingError, "no folder runs/nope", "runs/latest", {"continue_from": "runs/nope"}),
