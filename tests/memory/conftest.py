@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,8 @@ def measure(description: Description) -> int:
     config = description.config
     # before the profiler, which loses count of what threads read and free
     before = quantized_model(description) if config.task is not None and config.task.quantize else None
+    # what earlier tests left in reference cycles would be freed, and counted, in the middle of the measurement
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         model = before or random_model(description)
         parts, groups = apply_methods(config, model)
