@@ -7,7 +7,6 @@ import sys
 import traceback
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec
 
 import typer
 
@@ -15,7 +14,7 @@ from lowrank_cli import __version__, console, methods, settings
 from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE, LowrankError
 from lowrank_cli.options import listing, peek_methods
 
-COMMANDS = tuple(n for n in settings.COMMANDS if find_spec(f"lowrank_cli.commands.{n.replace('-', '_')}"))
+COMMANDS = tuple(settings.COMMANDS)
 
 HELP = "Train and compress language models in a fraction of the memory."
 

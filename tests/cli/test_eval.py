@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from lowrank_cli.config import HarnessConfig, key_of
-from lowrank_cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -251,7 +250,6 @@ def test_adapter_is_evaluated_as_the_merged_model_is(kind, lowrank, stories, tes
     assert len({adapter[2], whole[2], plain[2]}) == 3
 
 
-@pytest.mark.skipif("compress" not in COMMANDS, reason="there is no lowrank compress yet")
 def test_compressed_model_is_evaluated(lowrank, stories, test_data):
     code, _, err = lowrank("compress", "--model", stories, "--welore-rank", 50, "--out", "small")
     assert code == 0, err
