@@ -146,7 +146,7 @@ def test_position_continues_anywhere_and_a_finished_pass_rewinds(name, write, tm
     ("letter.docx", "a", "has an ending that is not read here", ".parquet"),
     ("latin.txt", "caf\xe9".encode("latin-1"), "is not UTF-8 text", "UTF-8"),
     ("plain.json.gz", b'{"text": "a"}', "is not a whole gzip file", "gzip -t"),
-    ("cut.json.gz", gzip.compress(b'{"text": "a"}' * 1000)[:40], "is not a whole gzip file", "gzip -t"),
+    ("cut.json.gz", gzip.compress(b'{"text": "a"}' * 1000, mtime=0)[:40], "is not a whole gzip file", "gzip -t"),
     ("broken.parquet", b"PAR1 no", "is not a readable parquet file", "again"),
 ])  # fmt: skip
 def test_errors_name_the_place_and_the_way_out(name, content, message, hint, write):
