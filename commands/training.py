@@ -18,7 +18,7 @@ from lowrank_cli.train import distributed
 # settings that change neither the weights nor their order of updates, so that a resumed run may have others
 FREE = {"plots", "log_every", "save_every", "keep", "log", "eval_every", "eval_tokens", "offline", "device",
         # the total batch decides the weights, up to rounding, however it is shared
-        "batch_size", "nproc", "rank_timeout"}  # fmt: skip
+        "batch_size", "nproc", "parallel", "rank_timeout"}  # fmt: skip
 
 
 def run(
@@ -93,6 +93,7 @@ def _run(
             device,
             resolved.common.seed,
             resolved.train.rank_timeout,
+            sharded=resolved.train.parallel == "fsdp",
         )
     # whatever is wrong shows here, before anything is written
     session = prepare(placed, world)

@@ -11,8 +11,9 @@ from torch import nn
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError
 from lowrank_cli.memory.layers import FEW, WHOLE, are_equal, extended
-from lowrank_cli.memory.simulate import Parts, Run, layers_of, simulate
+from lowrank_cli.memory.simulate import Parts, Run, simulate
 from lowrank_cli.memory.tracker import BASES, GRADIENTS, LABELS, MOMENTS, WEIGHTS, Peak
+from lowrank_cli.models.layers import layers_of
 
 FRAGMENTATION = "fragmentation allowance"
 # of what comes and goes: torch's CUDA allocator keeps blocks that are too small for the next tensor; not measured
@@ -117,7 +118,8 @@ def sharded(parts: Iterable[Peak], model: nn.Module, world_size: int) -> list[Pe
     """The peaks of one process under FSDP with a unit for each layer and one for the rest.
 
     Weights, gradients, moments and bases are cut evenly. Forward and backward have the weights of the rest, of the
-    layer at hand and of the next one whole, and backward the gradients of one unit until they are scattered.
+    layer at hand and of the next one whole. Whole are also the gradients of a unit and the copy that is sent, and
+    those of the rest from the loss to the end of backward, for that is when its unit is done.
     """
     layers = layers_of(model)
     largest = max((_bytes(layer.parameters()) for layer in layers), default=0)
@@ -130,8 +132,10 @@ def sharded(parts: Iterable[Peak], model: nn.Module, world_size: int) -> list[Pe
         stage = part.at[1].partition(" ")[0]
         if stage in ("forward", "loss", "backward"):
             held[WEIGHTS] += (rest + min(2, len(layers)) * largest) * (1 - 1 / world_size)
+        if stage in ("loss", "backward"):
+            held[GRADIENTS] += rest * (1 - 1 / world_size)
         if stage == "backward":
-            held[GRADIENTS] += max(rest, largest) * (1 - 1 / world_size)
+            held[GRADIENTS] += max(rest, 2 * largest) * (1 - 1 / world_size)
         found.append(replace(part, bytes_by_label=held))
     return found
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PretrainedConfig
 
-from lowrank_cli.memory.simulate import layers_of
 from lowrank_cli.memory.tracker import Peak
+from lowrank_cli.models.layers import layers_of
 
 # layers that are carried out; up to WHOLE a model is carried out as it is
 FEW, WHOLE = (3, 4), 6

@@ -25,6 +25,7 @@ from lowrank_cli.memory.tracker import (
     Tracker,
 )
 from lowrank_cli.methods import Method
+from lowrank_cli.models.layers import layers_of
 from lowrank_cli.optim.gradients import Gradients
 
 Batch = dict[str, Tensor]
@@ -153,13 +154,6 @@ def _update(sim: _Simulation, kind: str, optimizer: torch.optim.Optimizer, gradi
     for state in optimizer.state.values():
         for key, value in state.items():
             tracker.label(value, BASES if key.startswith("basis_") else MOMENTS)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder or encoder layers: the list of as many modules as the configuration says; empty if there is none."""
-    count = getattr(model.config, "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    return list(lists[0]) if lists else []
 
 
 def _watch(sim: _Simulation) -> None:

@@ -36,7 +36,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: i
     """Next-token cross-entropy of a batch: the model's own `model(**batch).loss`, in less memory where it can be.
 
     Architectures in `PLAIN_HEAD` with an untouched linear head never hold the tokens x vocabulary logits; any other
-    model (a scaled or soft-capped head, a head that a method has replaced, a wrapped or sharded model) computes its
+    model (a scaled or soft-capped head, a head that a method has replaced, a wrapped model) computes its
     logits as usual. The balancing loss of a mixture of experts is not part of it.
 
     Args:
@@ -49,10 +49,11 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: i
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
+    if hasattr(model, "loss_in_chunks"):
+        # one whose weights are cut over processes
+        return model.loss_in_chunks(inputs, labels, num_targets)
     if takes_chunked_path(model):
-        hidden = model.base_model(**inputs, use_cache=False)[0]  # (B, T, D)
-        head = model.get_output_embeddings()
-        return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, num_targets=num_targets)
+        return chunked_loss(model, inputs, labels, num_targets)
     logits = model(**inputs, use_cache=False)[0]  # (B, T, V)
     logits, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
     total = F.cross_entropy(logits, targets, reduction="sum")
@@ -60,11 +61,20 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: i
     return total / torch.as_tensor(divisor, device=total.device).clamp(min=1)
 
 
+def chunked_loss(
+    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, num_targets: int | Tensor | None
+) -> Tensor:
+    """The loss of a model that `takes_chunked_path`."""
+    hidden = model.base_model(**inputs, use_cache=False)[0]  # (B, T, D)
+    head = model.get_output_embeddings()
+    return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, num_targets=num_targets)
+
+
 def takes_chunked_path(model: nn.Module) -> bool:
     """Whether the loss of this model is computed without holding its logits."""
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in PLAIN_HEAD:
         return False
-    # a subclass may compute something else; torch's FSDP makes one, and needs the call of the whole model as well
+    # a subclass may compute something else
     if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
         return False
     head = model.get_output_embeddings()

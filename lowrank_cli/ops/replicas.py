@@ -8,7 +8,7 @@ does nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,8 @@ class Alone:
 
     rank, world_size, is_main = 0, 1, True
     sent_bytes = 0
+    # whether a process holds only its share of the weights
+    sharded = False
 
     def begin(self, update: int) -> None:
         """An update begins; counted from 1."""
@@ -49,12 +51,13 @@ class Replicas(Alone):
 
     Args:
         seed: of the run.
+        sharded: weights are cut over the processes: every one takes part in every forward pass.
     """
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, *, sharded: bool = False):
         import torch.distributed as dist
 
-        self._dist, self.seed, self.update = dist, seed, 0
+        self._dist, self.seed, self.update, self.sharded = dist, seed, 0, sharded
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.sent_bytes = 0  # of tensors that this update has given to collectives
@@ -136,6 +139,45 @@ class Replicas(Alone):
         with _asking():
             self._dist.reduce(tensor, target)
 
+    # ---- tensors that are cut over the processes, by rows
+
+    def scattered_sum(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of a tensor's sum over all processes."""
+        start, stop = rows_of(tensor.shape[0], self.rank, self.world_size)
+        height = -(-tensor.shape[0] // self.world_size)
+        whole = _padded(tensor.detach(), height * self.world_size)
+        own = whole.new_empty(height, *whole.shape[1:])
+        self.sent_bytes += whole.nbytes
+        with _asking():
+            _newest(self._dist, "reduce_scatter_single", "reduce_scatter_tensor")(own, whole)
+        return own[: stop - start]
+
+    def gathered(self, own: Tensor, size: int) -> Tensor:
+        """A tensor of `size` rows from the rows that every rank holds; on every rank."""
+        height = -(-size // self.world_size)
+        own = _padded(own.detach(), height)
+        whole = own.new_empty(height * self.world_size, *own.shape[1:])
+        self.sent_bytes += own.nbytes
+        with _asking():
+            _newest(self._dist, "all_gather_single", "all_gather_into_tensor")(whole, own)
+        return whole[:size]
+
+    def gathered_at(self, own: Tensor, size: int, target: int) -> Tensor | None:
+        """The same on one rank; None on the others."""
+        height = -(-size // self.world_size)
+        own = _padded(own.detach(), height)
+        parts = [torch.empty_like(own) for _ in range(self.world_size)] if self.rank == target else None
+        self.sent_bytes += own.nbytes
+        with _asking():
+            self._dist.gather(own, parts, target)
+        return torch.cat(parts)[:size] if parts is not None else None
+
+
+def rows_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The first row of a rank's share of so many, and the one after its last: those of torch.chunk and of FSDP2."""
+    height = -(-size // world_size)
+    return min(rank * height, size), min((rank + 1) * height, size)
+
 
 def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in groups of one dtype and device, of at most BUCKET_BYTES or one tensor; the same on every rank."""
@@ -158,6 +200,20 @@ def balanced(costs: list[float], world_size: int) -> list[int]:
         owners[i] = min(range(world_size), key=lambda rank: (loads[rank], rank))
         loads[owners[i]] += costs[i]
     return owners
+
+
+def _newest(module: object, *names: str) -> Callable:
+    """The first of some names that this version of torch has: the later ones are deprecated in the newest."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """A contiguous tensor with zeros below, if it has fewer rows."""
+    if tensor.shape[0] == rows:
+        return tensor.contiguous()
+    result = tensor.new_zeros(rows, *tensor.shape[1:])
+    result[: tensor.shape[0]] = tensor
+    return result
 
 
 def _flattened(bucket: list[Tensor]) -> Tensor:

@@ -94,7 +94,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
         if group["moments"] == "rotate":
             raise ValueError("Adafactor's factored moments cannot be rotated: take moments='keep' or 'reset'")
 
-    def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
+    def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
         make = {"dtype": torch.float32, "device": grad.device}
         if group["beta1"] is not None:
             state["exp_avg"] = torch.zeros(grad.shape, **make)

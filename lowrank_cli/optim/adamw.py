@@ -126,7 +126,7 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
             },
         )
 
-    def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
+    def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
         state["exp_avg"] = torch.zeros_like(grad, dtype=torch.float32)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=torch.float32)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,9 +78,11 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
         self.codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.functional = import_bitsandbytes()
 
-    def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
+    def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
+        # every part of a tensor is kept alike
+        size = grad.numel() if height is None else height * math.prod(grad.shape[1:])
         for key in ("exp_avg", "exp_avg_sq"):
-            if grad.numel() < group["min_8bit_size"]:
+            if size < group["min_8bit_size"]:
                 state[key] = torch.zeros_like(grad, dtype=torch.float32)
             else:
                 # zero is an entry of the signed code and of the unsigned one, so the first scale does not matter
@@ -99,6 +103,9 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
                    betas=group["betas"], eps=eps)  # fmt: skip
 
     def _rule_8bit(self, target: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        if not grad.numel():
+            # a process may have no rows of a tensor
+            return
         signed, unsigned = self._codes(grad.device)
         self.functional.optimizer_update_8bit_blockwise(
             "adam", grad, target, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0, group["eps"],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli import console
+from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.factored import factored_sign_
 from lowrank_cli.optim.projection import expand_add_, expand_add_rounded_, project, sides, stochastic_round, unfold
 from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
@@ -70,7 +71,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         # weights whose gradient is F (x) v; `vectors` tells v
         self.factored = {p for group in self.param_groups if "num_groups" in group for p in group["params"]}
         self.normalised = {p for group in projected if "weight_norm" in group for p in group["params"]}
-        self.sides = {p: sides(p.shape, group["proj_type"]) for p, group in self.projected.items()}
+        # a tensor may be one process's rows of a larger one
+        self.layouts = {p: layout(p) for group in self.param_groups for p in group["params"]}
+        self.sides = {p: sides(self.layouts[p].shape, group["proj_type"]) for p, group in self.projected.items()}
         # (position among the projected tensors, name): for staggering, seeds and messages
         names = [n for g in projected for n in g.get("param_names", [""] * len(g["params"]))]
         self.places = {p: (i, names[i] or f"tensor {i}") for i, p in enumerate(self.projected)}
@@ -98,13 +101,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if group.get("weight_norm", "exact") not in WEIGHT_NORMS:
             raise ValueError(f"weight_norm is {group['weight_norm']!r}; it is one of {', '.join(WEIGHT_NORMS)}")
         for p in group["params"]:
-            sides(p.shape, group["proj_type"])
+            sides(layout(p).shape, group["proj_type"])
             if "weight_norm" in group and p.dim() != 2:
                 raise ValueError(f"weight_norm takes matrices, not a tensor of shape {tuple(p.shape)}")
 
     # ---- what a subclass gives
 
-    def _init_state(self, state: dict, grad: Tensor, group: dict) -> None:
+    def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
+        """Makes the rule's state for a gradient; `height` is the rows of the whole one that it is a part of."""
         raise NotImplementedError
 
     def _rule(
@@ -164,20 +168,24 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def bases(self, p: Tensor) -> dict[str, Tensor]:
         """The bases of a projected parameter; it has some after its first update."""
-        state = self.state[p]
-        return {side: state[f"basis_{side}"] for side in self.sides[p]}
+        state, layout = self.state[p], self.layouts[p]
+        return {side: layout.basis(state[f"basis_{side}"], side) for side in self.sides[p]}
 
     def gradient_bases(self, p: Tensor) -> dict[str, Tensor]:
         """The bases that the gradient of the weight itself is projected with, for `accumulate`."""
-        bases = self.bases(p)
-        return self._direction(p).row_scaled(bases) if p in self.normalised else bases
+        bases, layout = self.bases(p), self.layouts[p]
+        if p in self.normalised:
+            bases = self._direction(p).row_scaled(bases)
+        return bases if "left" not in bases else {**bases, "left": layout.whole_basis(bases["left"], "left")}
 
     def collect(self, p: Tensor) -> None:
         """Adds the projection of `.grad` to the buffer; the basis must not be due. `.grad` stays as it is."""
+        bases, layout = self.bases(p), self.layouts[p]
         if p in self.normalised:
-            self._add_normalised(p, *self._direction(p).collect(p.grad, self.bases(p)))
+            magnitude_grad, low_rank_grad = self._direction(p).collect(p.grad, bases)
+            self._add_normalised(p, magnitude_grad, layout.settled(low_rank_grad, bases))
         else:
-            self._add(p, project(p.grad, self.bases(p)))
+            self._add(p, layout.settled(project(p.grad, bases), bases))
 
     def accumulate(self, p: Tensor, low_rank_grad: Tensor, row_dots: Tensor | None = None) -> None:
         """Adds the projected gradient of a micro-batch: sum_i P^T G_i = P^T sum_i G_i.
@@ -187,12 +195,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             low_rank_grad: its gradient in the coordinates of `gradient_bases`.
             row_dots: for a parameter with `weight_norm`, the products <G_i, W_i> of the rows, (m,).
         """
-        if p in self.normalised:
-            direction = self._direction(p)
-            projected = direction.projected(low_rank_grad, row_dots, self.bases(p))
-            self._add_normalised(p, direction.magnitude_grad(row_dots), projected)
-        else:
-            self._add(p, low_rank_grad)
+        layout = self.layouts[p]
+        if p not in self.normalised:
+            self._add(p, layout.summed(low_rank_grad))
+            return
+        direction, bases, row_dots = self._direction(p), self.bases(p), layout.summed(row_dots)
+        if "left" not in bases:
+            low_rank_grad = layout.summed(low_rank_grad)
+        projected = direction.projected(low_rank_grad, row_dots, bases)
+        self._add_normalised(p, direction.magnitude_grad(row_dots), layout.settled(projected, bases))
 
     def _add_normalised(self, p: Tensor, magnitude_grad: Tensor, low_rank_grad: Tensor) -> None:
         total = self.magnitude_grads.get(p)
@@ -225,11 +236,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         grad = self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
         if "step" not in state:
             state["step"] = 0
-            self._init_state(state, grad, group)
+            self._init_state(state, grad, group, self.layouts[p].height(grad, bases))
         state["step"] += 1
         state["until_refresh"] -= 1
         update = torch.zeros_like(grad)
         self._rule([update], [grad], [state], group, [p])
+        update = self.layouts[p].expandable(update, bases)
         if p in self.normalised:
             self._step_normalised(p, update, bases, group)
             return
@@ -257,7 +269,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         own = {key.removeprefix("magnitude_"): value for key, value in state.items() if key.startswith("magnitude_")}
         if not own:
             own["step"] = 0
-            self._init_state(own, grad, group)
+            self._init_state(own, grad, group, self.layouts[p].height(grad, {}))
         own["step"] += 1
         scaled = group | {"lr": group["lr"] * group.get("magnitude_scale", 1.0)}
         self._rule([magnitude], [grad], [own], scaled, [magnitude])
@@ -279,7 +291,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state, factor = self.state[p], self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
         if not state:
             state["step"] = 0
-            self._init_state(state, factor, group)
+            self._init_state(state, factor, group, self.layouts[p].height(factor, {}))
         state["step"] += 1
         self._factored_rule(p, factor, state, group, self.vectors[p]())
         self._decay([p], group)
@@ -288,12 +300,28 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """New bases from the full gradient, and when the next ones are due."""
         self.adopt(p, *self.find_bases(p, console.warn))
 
-    def find_bases(self, p: Tensor, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], bool, bool]:
+    def dense_grad(self, p: Tensor) -> Tensor:
+        """The gradient that a refresh decomposes, this process's rows of it: `.grad`, or that of the direction."""
+        return self._direction(p).dense(p.grad) if p in self.normalised else p.grad
+
+    def whole_bases(self, p: Tensor) -> dict[str, Tensor]:
+        """The bases so far, put together; none before the first refresh."""
+        state, layout = self.state[p], self.layouts[p]
+        keys = {side: f"basis_{side}" for side in self.sides[p] if f"basis_{side}" in state}
+        return {side: layout.whole_basis(state[key], side) for side, key in keys.items()}
+
+    def find_bases(
+        self, p: Tensor, warn: Callable[[str], None], grad: Tensor | None = None,
+        old_bases: dict[str, Tensor] | None = None, engine: str | None = None,
+    ) -> tuple[dict[str, Tensor], bool, bool]:  # fmt: skip
         """What a refresh of a projected parameter finds in its full gradient; `adopt` takes it.
 
         Args:
             p: its `.grad` is there.
             warn: told if an old basis has to stay.
+            grad: what to decompose instead of `dense_grad`, where that is not the whole gradient.
+            old_bases: the whole bases so far, likewise.
+            engine: instead of the group's.
         Returns:
             The new bases, whether the gradient has any direction, and whether the bases have hardly moved.
         Raises:
@@ -302,24 +330,26 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state, group = self.state[p], self.projected[p]
         place, name = self.places[p]
         self._tell(group["refresh"])
-        if p.grad is None:
+        if grad is None and p.grad is None:
             raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
-        grad = self._direction(p).dense(p.grad) if p in self.normalised else p.grad
+        grad = self.dense_grad(p) if grad is None else grad
+        old_bases = self.whole_bases(p) if old_bases is None else old_bases
         bases, calm = {}, True
         for side in self.sides[p]:
-            old = state.get(f"basis_{side}")
+            old = old_bases.get(side)
             matrix, stands = unfold(grad, side)
             seed = zlib.crc32(f"{place} {side} {state.get('refreshes', 0) + 1}".encode())
             bases[side] = find_basis(
                 matrix,
                 group["rank"],
                 stands,
-                group["refresh"],
+                engine or group["refresh"],
                 old,
                 seed=seed,
                 name=name,
                 keep_signs=group["moments"] == "align",
                 warn=warn,
+                dtype=p.dtype,
             )
             if old is not None:
                 calm = calm and overlap(bases[side], old) >= CALM_OVERLAP
@@ -334,12 +364,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._direction(p)
         gap, place = state.get("gap", group["update_proj_gap"]), self.places[p][0]
         state["refreshes"] = state.get("refreshes", 0) + 1
-        change = {}
-        for side, new in bases.items():
-            old = state.get(f"basis_{side}")
-            if old is not None:
-                change[side] = old.float().mT @ new.float()  # (r, r)
-            state[f"basis_{side}"] = new
+        # old^T new, (r, r)
+        change = {side: old.float().mT @ bases[side].float() for side, old in self.whole_bases(p).items()}
+        state.update({f"basis_{side}": self.layouts[p].own_basis(new) for side, new in bases.items()})
         if change and group["moments"] == "reset":
             del state["step"]
         elif change and group["moments"] == "rotate":
@@ -373,7 +400,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["step"] = 0
-                self._init_state(state, p.grad, group)
+                self._init_state(state, p.grad, group, self.layouts[p].height(p.grad, {}))
             state["step"] += 1
             if p.dtype == torch.float32:
                 together.setdefault((state["step"], p.device), []).append(p)

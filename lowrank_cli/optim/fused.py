@@ -66,6 +66,7 @@ class FusedAdam:
         grad, collected = p.grad, p in self.low_rank_grads
         return (
             p.dim() == 2
+            and not self.layouts[p].is_cut
             and len(self.sides[p]) == 1
             and p.dtype in fused_step.DTYPES
             and p.device.type == group["kernel"]

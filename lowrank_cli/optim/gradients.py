@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli.ops.projected_linear import projected_linear
+from lowrank_cli.ops.shards import layout
 
 
 class Gradients:
@@ -65,16 +66,24 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """The global norm of the update's gradients, clipped to the limit."""
-        left = [p.grad for p in self.groups if p.grad is not None]
-        left += [*self.buffers.values(), *self.magnitudes.values()]
+        left = [(p, p.grad) for p in self.groups if p.grad is not None]
+        left += [*self.buffers.items(), *self.magnitudes.items()]
         if self.measuring:
             self.zeros |= {p for p in self.groups if p.grad is not None and not bool(p.grad.any())}
             self.zeros |= {p for p, buffer in self.buffers.items() if p.grad is None and not bool(buffer.any())}
-        norm = (nn.utils.get_total_norm(left).float().square() + self.square).sqrt()
+        norm = self._total_norm(left)
         if self.clipping and left:
             factor = (self.clipping / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(left, factor)
+            torch._foreach_mul_([part for _, part in left], factor)
         return norm
+
+    def _total_norm(self, left: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Of parts of gradients, with their parameters, and of what per-layer steps have seen already."""
+        return (nn.utils.get_total_norm([part for _, part in left]).float().square() + self.square).sqrt()
+
+    def _square(self, p: Tensor, part: Tensor) -> Tensor:
+        """What a part of a tensor's gradient adds to the square of the norm."""
+        return part.float().square().sum()
 
     def step(self) -> None:
         """Update what has not been updated yet, and free its gradients."""
@@ -110,14 +119,14 @@ class Gradients:
             if not bool(grad.any()):
                 self.zeros.add(p)
             for part in (grad, self.magnitudes.get(p)):
-                self.square = self.square if part is None else self.square + part.float().square().sum()
+                self.square = self.square if part is None else self.square + self._square(p, part)
         self.optimizer.step_one(p, self.groups[p])
         p.grad = None
 
     def _patch_linears(self, model: nn.Module) -> None:
         owners: dict[Tensor, list[nn.Module]] = {}
         for module in model.modules():
-            weight = getattr(module, "weight", None)
+            weight = self._held(getattr(module, "weight", None))
             layer = getattr(module, "factored_gradient", None)
             if layer is not None and "num_groups" in self.groups.get(weight, {}):
                 # a method has wrapped this linear: its gradient comes as the factor of a vector that the layer knows
@@ -131,25 +140,29 @@ class Gradients:
                 modules[0].forward = partial(self._forward, modules[0], weight)
                 self._patched.append(modules[0])
 
+    def _held(self, weight: object) -> object:
+        """What the optimizer has of a module's weight: the weight itself, or this process's rows of it."""
+        return weight
+
     def _in_backward(self, weight: Tensor) -> bool:
         """What the group says; if it leaves it open, whether 2 N r (m + n) operations are fewer than 2 N m n, and
         nobody wants the norm of the full gradients to clip them."""
         group = self.projected[weight]
-        wanted = group.get("in_backward", False)
+        wanted, shape = group.get("in_backward", False), layout(weight).shape
         if wanted is None:
-            wanted = not self.clipping and group["rank"] * sum(weight.shape) < weight.numel()
+            wanted = not self.clipping and group["rank"] * sum(shape) < shape.numel()
         return wanted and weight.dim() == 2
 
     def _forward(self, module: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or self.optimizer.is_due(weight):
-            return nn.functional.linear(x, weight, module.bias)
+            return nn.functional.linear(x, module.weight, module.bias)
         # a module that runs several times in a forward pass has its gradient when each run has had its backward; a
         # recomputation inside backward is not another run
         if torch._C._current_graph_task_id() == -1:
             self._pending[weight] = self._pending.get(weight, 0) + 1
         return projected_linear(
             x,
-            weight,
+            module.weight,
             module.bias,
             self.optimizer.gradient_bases(weight),
             partial(self._receive, weight),

@@ -31,6 +31,7 @@ def find_basis(
     seed: int = 0,
     name: str = "",
     warn: Callable[[str], None] = lambda _: None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The basis of a gradient's leading singular directions.
 
@@ -41,30 +42,32 @@ def find_basis(
         grad: (m, n), any floating dtype.
         rank: wanted columns; at most min(m, n) exist.
         side: "left" or "right".
-        engine: one of ENGINES.
+        engine: one of ENGINES; or "of_gram", for the right side of a G of which `grad` is G^T G (n, n).
         old: the basis so far, which `subspace` starts from.
         keep_signs: turn every vector to the side on which the old one of its place pointed.
         seed: of the random start.
         name: of the tensor, for messages.
         warn: told when the old basis is kept.
+        dtype: of the result; the gradient's unless given.
     Returns:
-        (m, r) or (n, r), in the gradient's dtype, in memory of its own.
+        (m, r) or (n, r), in memory of its own.
     Raises:
         FloatingPointError: the gradient holds NaN or infinity.
     """
     size = grad.shape[0] if side == "left" else grad.shape[1]
     rank = min(rank, *grad.shape)
     low, high = torch.aminmax(grad.detach())
-    largest = float(torch.maximum(-low, high).float())
+    largest = float(torch.maximum(-low, high))
     if largest != largest or largest == float("inf"):
         raise FloatingPointError(f"the gradient of {name or 'a projected tensor'} is not finite at a refresh")
-    matrix = grad.float()
     if largest and not SAFE[0] < largest < SAFE[1]:
-        matrix = matrix / largest
+        matrix = (grad / largest).float() if grad.dtype == torch.float64 else grad.float() / largest
+    else:
+        matrix = grad.float()
     warm = None if old is None or old.shape != (size, rank) else old.float()
     basis = None
     if largest:
-        for attempt in (ENGINES[engine], _double):
+        for attempt in (of_gram if engine == "of_gram" else ENGINES[engine], _double):
             try:
                 basis = attempt(matrix, side, rank, warm, seed)
             except torch.linalg.LinAlgError:
@@ -78,7 +81,7 @@ def find_basis(
         basis = warm if warm is not None else torch.eye(size, rank, device=grad.device)
     if keep_signs:
         basis = align(basis, warm)
-    return basis.to(grad.dtype, copy=True).contiguous()
+    return basis.to(dtype or grad.dtype, copy=True).contiguous()
 
 
 def svd(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
@@ -131,6 +134,11 @@ def subspace(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) 
     for _ in range(WARM_ROUNDS):
         basis = power_iteration(matrix, basis)
     return basis
+
+
+def of_gram(square: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
+    """As `gram` on the right, from G^T G (n, n) in the place of the gradient."""
+    return torch.linalg.eigh(square).eigenvectors.flip(-1)[:, :rank]
 
 
 def oriented(grad: Tensor, side: str) -> Tensor:

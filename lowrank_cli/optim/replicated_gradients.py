@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.ops.replicas import Replicas, balanced
+from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.optim.projection import project, unfold
 
@@ -54,7 +55,9 @@ class ReplicatedGradients(Gradients):
         super().__init__(model, optimizer, per_layer=per_layer, clipping=clipping)
         self.replicas = replicas
         self._names = {p: i for i, p in enumerate(self.groups)}
-        self._patched_weights = {module.weight for module in self._patched}
+        # those that every process holds whole
+        self._summed = [p for p in self.groups if not layout(p).is_cut]
+        self._patched_weights = {self._held(module.weight) for module in self._patched}
         self._rounds = any(group.get("stochastic_rounding") for group in optimizer.param_groups)
         # backward goes roughly from the model's last tensor to its first; the first update shows how exactly
         self._turns = [p for p in reversed(list(model.parameters())) if p in self.groups]
@@ -87,9 +90,11 @@ class ReplicatedGradients(Gradients):
             self._proceed(to_the_end=True)
             self._learn_turns()
             return
+        if not self._summed:
+            return
         # a tensor may have a gradient on some ranks only, such as an expert that got no token elsewhere
-        counts = self.replicas.numbers(*(float(self._has_gradient(p)) for p in self.groups))
-        present = [p for p, count in zip(self.groups, counts, strict=True) if count]
+        counts = self.replicas.numbers(*(float(self._has_gradient(p)) for p in self._summed))
+        present = [p for p, count in zip(self._summed, counts, strict=True) if count]
         due = [p for p in present if p in self.projected and self.optimizer.is_due(p)]
         self._refresh_together(due)
         settled = set(due)
@@ -137,7 +142,7 @@ class ReplicatedGradients(Gradients):
 
     def _learn_turns(self) -> None:
         """After the first update: the order in which rank 0 has had the gradients."""
-        if self._turns_are_known:
+        if self._turns_are_known or not self._turns:
             return
         places = {p: i for i, p in enumerate(self._turns)}
         mine = [places[p] for p in self._arrivals]
@@ -196,13 +201,8 @@ class ReplicatedGradients(Gradients):
             if replicas.rank != owner:
                 p.grad = None
         found = {p: self._find(p) for p, owner in zip(due, owners, strict=True) if owner == replicas.rank}
-        # what happened to all of them, at once: each rank has the numbers of its own tensors, and zeros for the rest
-        told = replicas.numbers(*(number for p in due for number in found.get(p, ({}, (0, 0, 0)))[1]))
-        for i, (p, owner) in enumerate(zip(due, owners, strict=True)):
-            self._check(p, told[3 * i])
-            bases = found.pop(p)[0] if p in found else self._empty_bases(p)
-            replicas.broadcast_(list(bases.values()), owner)
-            optimizer.adopt(p, bases, bool(told[3 * i + 1]), bool(told[3 * i + 2]))
+        self._adopt(due, owners, found)
+        for p, owner in zip(due, owners, strict=True):
             if self.clipping:
                 continue
             if replicas.rank == owner:
@@ -213,11 +213,22 @@ class ReplicatedGradients(Gradients):
             normalised = [self.magnitudes[p]] if p in optimizer.normalised else []
             replicas.broadcast_([self.buffers[p], *normalised], owner)
 
-    def _find(self, p: Tensor) -> tuple[dict[str, Tensor], tuple[int, int, int]]:
-        """What a refresh finds, and its outcome as numbers: how it ended, whether alive, whether calm."""
+    def _adopt(self, due: list[Tensor], owners: list[int], found: dict[Tensor, tuple]) -> None:
+        """Every rank takes the bases that their owners have found."""
+        # what happened to all of them, at once: each rank has the numbers of its own tensors, and zeros for the rest
+        told = self.replicas.numbers(*(number for p in due for number in found.get(p, ({}, (0, 0, 0)))[1]))
+        for i, (p, owner) in enumerate(zip(due, owners, strict=True)):
+            self._check(p, told[3 * i])
+            bases = found.pop(p)[0] if p in found else self._empty_bases(p)
+            self.replicas.broadcast_(list(bases.values()), owner)
+            self.optimizer.adopt(p, bases, bool(told[3 * i + 1]), bool(told[3 * i + 2]))
+
+    def _find(self, p: Tensor, *whole: object) -> tuple[dict[str, Tensor], tuple[int, int, int]]:
+        """What a refresh finds, and its outcome as numbers: how it ended, whether alive, whether calm; `whole` is for
+        `find_bases`."""
         warnings: list[str] = []
         try:
-            bases, alive, calm = self.optimizer.find_bases(p, warnings.append)
+            bases, alive, calm = self.optimizer.find_bases(p, warnings.append, *whole)
         except FloatingPointError:
             return {}, (NOT_FINITE, 0, 0)
         return bases, (KEPT if warnings else FOUND, int(alive), int(calm))
@@ -234,7 +245,7 @@ class ReplicatedGradients(Gradients):
         """Room for the bases that another rank has found: of the gradient's dtype, which is the weight's."""
         bases = {}
         for side in self.optimizer.sides[p]:
-            matrix, stands = unfold(p.detach(), side)
+            matrix, stands = unfold(torch.empty(layout(p).shape, device="meta"), side)
             size = matrix.shape[0] if stands == "left" else matrix.shape[1]
             bases[side] = p.new_empty(size, min(self.groups[p]["rank"], *matrix.shape))
         return bases

@@ -97,6 +97,9 @@ class TrainConfig:
         None, "sequences in one update on all devices; more than a batch accumulates gradients", min=1
     )
     nproc: int = option(1, "processes on this machine, one for each GPU; several machines take torchrun", min=1)
+    parallel: str = option(
+        "ddp", "what several processes hold: ddp, each the whole model; fsdp, each its share", choices=("ddp", "fsdp")
+    )
     rank_timeout: int = option(
         1800, "seconds after which a process that does not answer the others ends the run", min=1
     )

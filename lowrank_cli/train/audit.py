@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.models.sharding import local_tensor
 from lowrank_cli.ops.replicas import Replicas
+from lowrank_cli.ops.shards import layout
 
 # elements of a tensor that are compared before and after the first update
 SAMPLE = 1 << 16
+# gradients of a model are often no larger than this
+LARGE_EPS = 1e-5
 FROZEN = "does not require a gradient"
 
 
@@ -76,7 +80,7 @@ class Snapshot:
         Raises:
             LowrankError: names the tensors that did not.
         """
-        rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+        groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
         rounded = []
         for (name, before), (_, p) in zip(self.before, named(optimizer), strict=True):
             if not optimizer.state.get(p):
@@ -92,7 +96,7 @@ class Snapshot:
                 )
             if p in zeros or not torch.equal(before, sample(p)):
                 continue
-            if not may_round_away(before, rates[name]):
+            if not may_round_away(before, groups[name]["lr"], groups[name]["eps"]):
                 raise LowrankError(
                     f"{name} has a gradient but did not change in the first update",
                     "this is a bug: please report it with run.json and targets.json",
@@ -106,8 +110,11 @@ class Snapshot:
 
 
 def check_replicas(replicas: Replicas, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Every rank has the same bits in every trained weight; raises LowrankError with the first that differs."""
-    pairs = named(optimizer)
+    """Every rank has the same bits in every trained weight that it holds whole; raises LowrankError with the first
+    that differs."""
+    pairs = [(name, p) for name, p in named(optimizer) if not layout(p).is_cut]
+    if not pairs:
+        return
     place = replicas.first_difference(p for _, p in pairs)
     if place is not None:
         raise LowrankError(
@@ -125,8 +132,11 @@ def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     ]
 
 
-def may_round_away(values: Tensor, lr: float) -> bool:
-    """Whether Adam's first step, which is at most about `lr` an element, may round to nothing in every element."""
+def may_round_away(values: Tensor, lr: float, eps: float | tuple[float, ...]) -> bool:
+    """Whether Adam's first step may round to nothing in every element: it is at most about `lr`, and less where
+    gradients are not much larger than `eps`."""
+    if isinstance(eps, float) and eps > LARGE_EPS and values.element_size() < 4:
+        return True
     return lr <= float(values.abs().min()) * torch.finfo(values.dtype).eps / 2
 
 
@@ -139,11 +149,11 @@ def sample(p: Tensor) -> Tensor:
 def first_non_finite(model: nn.Module, weights_only: bool = False) -> str:
     """Which weight or gradient is not finite, in the model's order; empty if `weights_only` and all weights are."""
     for name, p in model.named_parameters():
-        if not bool(torch.isfinite(p).all()):
+        if not bool(torch.isfinite(local_tensor(p)).all()):
             return f"the first tensor with a non-finite value is the weight {name}"
     if weights_only:
         return ""
     for name, p in model.named_parameters():
-        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+        if p.grad is not None and not bool(torch.isfinite(local_tensor(p.grad)).all()):
             return f"the weights are finite; the first non-finite gradient is that of {name}"
     return "all weights and gradients are finite, so it arose in the forward pass"

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.models.sharding import whole_tensor
+from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.run import write_json
+from lowrank_cli.train import sharded_checkpoint
+from lowrank_cli.train.sharded_checkpoint import load_optimizer, parameters_of
 
 MANIFEST = "manifest.json"
 TRAINABLE = "trainable.safetensors"
+FINGERPRINT = "_lowrank_base"
 
 
 @dataclass
@@ -50,26 +55,36 @@ def save(
     rng: dict[str, Any],
     keep: int,
     adapter: bool = False,
+    replicas: Alone,
 ) -> Path:
     """Write `folder/step-NNNNNN` and remove all but the newest `keep`; of an adapter, what trains and not the base.
 
     Everything goes to a temporary folder that is flushed to disk and then renamed: a kill at any moment leaves the
-    previous checkpoint whole.
+    previous checkpoint whole. If the weights are cut over processes all of them write; else rank 0 alone calls this.
 
     Raises:
         LowrankError: it could not be written (a full disk); what was there before is untouched.
     """
     final = folder / f"step-{progress.step:06d}"
     temporary = folder / f".step-{progress.step:06d}.{os.getpid()}"
+    cut = replicas.sharded and not adapter
     try:
-        remove_leftovers(folder)
-        temporary.mkdir(parents=True)
-        if adapter:
-            write_trainable(temporary, model)
-        else:
-            write_model(temporary, model, tokenizer)
+        if replicas.is_main:
+            remove_leftovers(folder)
+            temporary.mkdir(parents=True)
         tensors, numbers = optimizer_state(optimizer)
-        save_file(tensors, temporary / "optimizer.safetensors")
+        if cut:
+            # the folder is there when its name is known
+            temporary = Path(replicas.told({"temporary": str(temporary)})["temporary"])
+            sharded_checkpoint.write(temporary / sharded_checkpoint.FOLDER, model, optimizer, tensors, replicas)
+            if not replicas.is_main:
+                return final
+        else:
+            if adapter:
+                write_trainable(temporary, trainable(model), base_fingerprint(model))
+            else:
+                write_model(temporary, model, tokenizer)
+            save_file(tensors, temporary / "optimizer.safetensors")
         save_file(method_states, temporary / "method.safetensors")
         save_file(rng["tensors"], temporary / "rng.safetensors")
         write_json(
@@ -87,7 +102,8 @@ def save(
                 "optimizer_numbers": numbers,
             },
         )
-        sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        sizes = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in files}
         write_json(temporary / MANIFEST, sizes)
         commit(temporary, final)
     except (OSError, SafetensorError) as error:
@@ -122,10 +138,14 @@ def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_trainable(folder: Path, model: nn.Module) -> None:
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name; if they are cut over processes, put together, and all have to ask."""
+    return {name: whole_tensor(p).contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_trainable(folder: Path, tensors: dict[str, Tensor], base: str) -> None:
     """The parameters that train, and a fingerprint of those that do not."""
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(tensors, folder / TRAINABLE, metadata={"base": base_fingerprint(model)})
+    save_file(tensors, folder / TRAINABLE, metadata={"base": base})
 
 
 def load_trainable(folder: Path, model: nn.Module) -> None:
@@ -147,7 +167,9 @@ def load_trainable(folder: Path, model: nn.Module) -> None:
             own[name].copy_(tensor)
 
 
-def save_best(folder: Path, model: nn.Module, method_states: dict[str, Tensor], step: int) -> None:
+def save_best(
+    folder: Path, tensors: dict[str, Tensor], base: str, method_states: dict[str, Tensor], step: int
+) -> None:
     """Keep what trains as it is now, in place of what was kept before; a kill leaves one of them whole."""
     best_step(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -155,7 +177,7 @@ def save_best(folder: Path, model: nn.Module, method_states: dict[str, Tensor], 
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write_trainable(temporary, model)
+        write_trainable(temporary, tensors, base)
         write_json(temporary / "step.json", {"step": step})
         save_file(method_states, temporary / "method.safetensors")
         commit(temporary, folder)
@@ -182,7 +204,10 @@ def load_best(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the frozen parameters: names, shapes and some elements of each."""
+    """A hash of the frozen parameters: names, shapes and some elements of each. One that was made before they were
+    cut over processes stays."""
+    if FINGERPRINT in vars(model):
+        return vars(model)[FINGERPRINT]
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -271,7 +296,7 @@ def _others(path: Path) -> str:
     return f"an older one is there: --resume {others[-1]}" if others else "start again without --resume"
 
 
-def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[Progress, dict[str, Tensor]]:
+def load(path: Path, *, model: nn.Module, optimizer: Optimizer, replicas: Alone) -> tuple[Progress, dict[str, Tensor]]:
     """Put a checkpoint's weights, optimizer state and random states back.
 
     Returns:
@@ -282,16 +307,13 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[Progres
     verify(path)
     entries = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     try:
-        if (path / TRAINABLE).is_file():
-            load_trainable(path, model)
-        else:
-            load_model(model, path / "model.safetensors")
+        load_tensors(path, model, optimizer, replicas)
     except (RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"the checkpoint {path} does not fit this model: {reason(error)}",
             "resume with the configuration of the run: --resume RUN_FOLDER and nothing else",
         ) from None
-    load_optimizer(optimizer, load_file(path / "optimizer.safetensors"), entries["optimizer_numbers"])
+    load_numbers(optimizer, entries["optimizer_numbers"])
     restore_rng(load_file(path / "rng.safetensors"), entries["python_rng"])
     progress = Progress(**{f.name: entries[f.name] for f in fields(Progress) if f.name in entries})
     return progress, load_file(path / "method.safetensors")
@@ -310,12 +332,29 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, numbers
 
 
-def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, dict[str, float]]) -> None:
-    """The inverse of `optimizer_state`; every tensor keeps its dtype."""
-    by_name = {name: p for g in optimizer.param_groups for name, p in zip(g["param_names"], g["params"], strict=True)}
-    for key, tensor in tensors.items():
-        name, _, entry = key.rpartition("|")
-        optimizer.state[by_name[name]][entry] = tensor.to(by_name[name].device)
+def load_tensors(path: Path, model: nn.Module, optimizer: Optimizer, replicas: Alone) -> None:
+    """Weights and the optimizer's tensors, whether they were saved whole or cut, for a model that is whole or cut.
+
+    Raises:
+        RuntimeError: they are of another model.
+    """
+    if (path / sharded_checkpoint.FOLDER).is_dir():
+        sharded_checkpoint.load(path / sharded_checkpoint.FOLDER, model, optimizer, replicas)
+        return
+    tensors = load_file(path / "optimizer.safetensors")
+    if (path / TRAINABLE).is_file():
+        load_trainable(path, model)
+    elif replicas.sharded:
+        sharded_checkpoint.load_plain(load_file(path / "model.safetensors"), tensors, model, optimizer, replicas)
+        return
+    else:
+        load_model(model, path / "model.safetensors")
+    load_optimizer(optimizer, tensors)
+
+
+def load_numbers(optimizer: Optimizer, numbers: dict[str, dict[str, float]]) -> None:
+    """The numbers of `optimizer_state`."""
+    by_name = parameters_of(optimizer)
     for name, entries in numbers.items():
         optimizer.state[by_name[name]].update(entries)
 

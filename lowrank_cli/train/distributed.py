@@ -167,7 +167,9 @@ class World:
 
     # ---- meeting
 
-    def join(self, settings: dict[str, Any], device: str, seed: int, timeout_s: float) -> Replicas:
+    def join(
+        self, settings: dict[str, Any], device: str, seed: int, timeout_s: float, *, sharded: bool = False
+    ) -> Replicas:
         """Wait for all processes, check that all want the same, and make the process group.
 
         Args:
@@ -175,6 +177,7 @@ class World:
             device: of this process.
             seed: of the run.
             timeout_s: for a process that does not answer while training.
+            sharded: whether the weights are cut over the processes.
         Raises:
             LowrankError: a process is missing.
             UsageError: one has other settings.
@@ -197,7 +200,7 @@ class World:
             world_size=self.place.world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        self.replicas = Replicas(seed)
+        self.replicas = Replicas(seed, sharded=sharded)
         return self.replicas
 
     def agree(self, what: str, mine: dict[str, Any]) -> None:

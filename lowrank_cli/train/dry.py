@@ -84,7 +84,8 @@ class Description:
 
     def estimate(self) -> memory.Estimate:
         """The estimate of one process."""
-        return memory.estimate(self.run(), self.model())
+        train = self.config.train
+        return memory.estimate(self.run(), self.model(), world_size=train.nproc, parallel=train.parallel)
 
     def run(self) -> memory.Run:
         """What decides the memory of one process."""

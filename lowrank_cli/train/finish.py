@@ -13,6 +13,7 @@ import torch
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError
 from lowrank_cli.models.source import ADAPTER, place
+from lowrank_cli.ops.shards import full_numel
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
 from lowrank_cli.train.objective import mean_line
@@ -50,7 +51,7 @@ def finish(session: Session) -> dict[str, Any]:
         checkpoint.commit(temporary, run.model)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    trainable = sum(p.numel() for group in session.optimizer.param_groups for p in group["params"])
+    trainable = sum(full_numel(p) for group in session.optimizer.param_groups for p in group["params"])
     return {
         "command": session.config.command,
         "method": session.config.method,

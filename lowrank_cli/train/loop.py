@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import Interrupted, LowrankError
+from lowrank_cli.models.sharding import reunite
 from lowrank_cli.ops.replicas import Alone
+from lowrank_cli.ops.shards import full_numel
 from lowrank_cli.optim import schedule
 from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.optim.replicated_gradients import ReplicatedGradients
+from lowrank_cli.optim.sharded_gradients import ShardedGradients
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
 from lowrank_cli.train.metrics import Follower, Reporter
@@ -68,10 +71,11 @@ class Session:
             m.load_state(self.model, {k.partition("|")[2]: v for k, v in states.items() if k.startswith(f"{m.name}|")})
 
     def save(self) -> None:
-        """Write a checkpoint of the last whole update, from one process; the replicas have to be the same."""
+        """Write a checkpoint of the last whole update; what the processes hold alike has to be the same on each."""
         if self.replicas.world_size > 1:
             audit.check_replicas(self.replicas, self.optimizer, self.progress.step)
-        if not self.replicas.is_main:
+        adapter = self.adapter is not None
+        if not self.replicas.is_main and (adapter or not self.replicas.sharded):
             return
         checkpoint.save(
             self.run.checkpoints,
@@ -82,12 +86,15 @@ class Session:
             progress=self.progress,
             rng=self.rng,
             keep=self.config.train.keep,
-            adapter=self.adapter is not None,
+            adapter=adapter,
+            replicas=self.replicas,
         )
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint."""
-        self.progress, states = checkpoint.load(path, model=self.model, optimizer=self.optimizer)
+        self.progress, states = checkpoint.load(
+            path, model=self.model, optimizer=self.optimizer, replicas=self.replicas
+        )
         self.load_method_states(states)
         self.data.train.load_state_dict(self.progress.data)
 
@@ -111,7 +118,7 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         write_json(run.path / "targets.json", session.targets)
     run.update(
         parameters=sum(p.numel() for p in session.model.parameters()),
-        trainable_parameters=sum(p.numel() for g in session.optimizer.param_groups for p in g["params"]),
+        trainable_parameters=sum(full_numel(p) for g in session.optimizer.param_groups for p in g["params"]),
         device=str(session.device),
         dtype=str(session.model.dtype).removeprefix("torch."),
         data=session.data.description,
@@ -133,7 +140,8 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
     if replicas.world_size == 1:
         gradients = Gradients(session.model, session.optimizer, **how)
     else:
-        gradients = ReplicatedGradients(session.model, session.optimizer, **how, replicas=replicas)
+        kind = ShardedGradients if replicas.sharded else ReplicatedGradients
+        gradients = kind(session.model, session.optimizer, **how, replicas=replicas)
     session.mark()
     reporter = (Reporter if replicas.is_main else Follower)(
         run, config, total=steps.steps, progress=progress, device=session.device, causal=session.objective.causal
@@ -186,6 +194,9 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         gradients.close()
         if drawing:
             drawing.finish()
+        if replicas.sharded:
+            reunite(session.model, replicas)
+            session.device = torch.device("cpu")
         return finish.finish(session) if replicas.is_main else {}
 
 
@@ -304,10 +315,19 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     metric, higher = session.objective.best
     if is_better(values[metric], progress.best.get(metric), higher):
         progress.best, progress.worse = {**values, "step": progress.step}, 0
-        if session.config.task.keep_best and session.replicas.is_main:
-            checkpoint.save_best(session.run.path / "best", session.model, session.method_states(), progress.step)
+        if session.config.task.keep_best:
+            keep_best(session)
     else:
         progress.worse += 1
+
+
+def keep_best(session: Session) -> None:
+    """Write best/: what trains, as it is now."""
+    tensors = checkpoint.trainable(session.model)
+    if session.replicas.is_main:
+        base = checkpoint.base_fingerprint(session.model)
+        folder, step = session.run.path / "best", session.progress.step
+        checkpoint.save_best(folder, tensors, base, session.method_states(), step)
 
 
 def out_of_patience(session: Session) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_cli.evaluate.classification import label_loss
@@ -44,14 +45,30 @@ class Causal:
         Several processes share the batches of running text; a task, whose metrics are no means, is rank 0's.
         """
         if hasattr(data, "kind"):
-            values = supervised(model, data, between) if replicas.is_main else {}
+            # where weights are cut, all take part in every forward pass
+            values = supervised(model, data, between) if replicas.is_main or replicas.sharded else {}
             return replicas.told(values)
-        batches = islice(data.validation(), replicas.rank, None, replicas.world_size)
+        batches = (
+            in_step(data.validation(), replicas)
+            if replicas.sharded
+            else islice(data.validation(), replicas.rank, None, replicas.world_size)
+        )
         result = perplexity(model, batches, between=between)
         if replicas.world_size > 1:
             total, tokens = replicas.numbers(result.loss * result.tokens, result.tokens)
             result = Perplexity(total / max(1.0, tokens), int(tokens))
         return {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
+
+
+def in_step(batches: Iterable[Batch], replicas: Alone) -> Iterator[Batch]:
+    """This process's share of some batches, and as many on every process: a batch without targets where there is none
+    left."""
+    batches = iter(batches)
+    while some := list(islice(batches, replicas.world_size)):
+        if replicas.rank < len(some):
+            yield some[replicas.rank]
+        else:
+            yield {**some[0], "labels": torch.full_like(some[0]["labels"], -100)}
 
 
 class Classification(Causal):

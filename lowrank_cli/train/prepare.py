@@ -14,9 +14,10 @@ from lowrank_cli import console, data, optim
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
+from lowrank_cli.models import sharding
 from lowrank_cli.models.source import locate
-from lowrank_cli.ops.replicas import Alone
-from lowrank_cli.train import audit, plan
+from lowrank_cli.ops.replicas import Alone, Replicas
+from lowrank_cli.train import audit, checkpoint, plan
 from lowrank_cli.train.distributed import World
 from lowrank_cli.train.loop import Session
 from lowrank_cli.train.metrics import check_sinks
@@ -39,8 +40,11 @@ def prepare(config: RunConfig, world: World | None = None) -> Session:
     replicas = Alone() if world is None else world.replicas
     torch.manual_seed(config.common.seed)
     random.seed(config.common.seed)
-    device = models.device_of(config.common.device)
-    dtype = models.dtype_of(config.model.dtype, device)
+    place = device = models.device_of(config.common.device)
+    if replicas.sharded:
+        # no GPU has to hold the whole model: it is cut layer by layer
+        device = torch.device("cpu")
+    dtype = models.dtype_of(config.model.dtype, place)
     check_sinks(config.train.log)
     plan.check(config)
     supervised = config.task is not None and config.task.task != RUNNING_TEXT
@@ -50,11 +54,14 @@ def prepare(config: RunConfig, world: World | None = None) -> Session:
         check_task(config, adapter_of(parts) is not None)
     targets = audit.targets(model, groups)
     audit.show_targets(targets, config.method)
+    if world:
+        # the seed gives them the same weights already; other versions of a library may not
+        replicas.broadcast_([p for group in groups for _, p in group["params"]])
+    if replicas.sharded:
+        groups = sharded(config, model, groups, adapter_of(parts), replicas, place)
     with ahead(world, "kernel"):
         optimizer = optim.build(config.optim, groups)
     if world:
-        # the seed gives them the same weights already; other versions of a library may not
-        replicas.broadcast_([p for group in optimizer.param_groups for p in group["params"]])
         world.agree("kernels", {"kernel": [group.get("kernel") for group in optimizer.param_groups]})
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -71,12 +78,54 @@ def prepare(config: RunConfig, world: World | None = None) -> Session:
             batches.kind if supervised else None,
             batches.description["tokens"] / batches.description["records"] if supervised else None,
         ),
-        device=device,
+        device=place,
         targets=targets,
         objective=objective(batches),
         base=base,
         replicas=replicas,
     )
+
+
+def sharded(
+    config: RunConfig,
+    model: nn.Module,
+    groups: list[dict],
+    adapter: Any,
+    replicas: Replicas,
+    device: torch.device,
+) -> list[dict]:
+    """The groups of this process's parts of the parameters, after cutting the model's weights over the processes.
+
+    What an adapter trains is small and stays whole; its frozen base is cut.
+    """
+    check_sharded(config, groups)
+    vars(model)[checkpoint.FINGERPRINT] = checkpoint.base_fingerprint(model)
+    whole = {p for group in groups for _, p in group["params"]} if adapter is not None else set()
+    parts = sharding.shard(model, replicas, device, whole)
+    return [group | {"params": [(n, parts.get(n, p)) for n, p in group["params"]]} for group in groups]
+
+
+def check_sharded(config: RunConfig, groups: list[dict]) -> None:
+    """Raises UsageError for what cannot be cut."""
+    if config.optim.optimizer == "adafactor":
+        raise UsageError(
+            "--parallel fsdp: Adafactor's moments are means over rows and columns, which lie on several processes",
+            "take --optimizer adamw or adamw8bit, or --parallel ddp",
+        )
+    if any(group.get("moments") == "rotate" for group in groups):
+        raise UsageError(
+            "--parallel fsdp does not rotate moments, which lie on several processes",
+            "let them be kept, aligned or reset at a refresh, or take --parallel ddp",
+        )
+    tensors = [n for group in groups if "rank" in group for n, p in group["params"] if p.dim() > 2]
+    if tensors:
+        raise UsageError(
+            f"--parallel fsdp projects matrices only, and {tensors[0]} has more dimensions", "take --parallel ddp"
+        )
+    if config.task is not None and config.task.quantize:
+        raise UsageError(
+            f"--parallel fsdp does not cut a base of 4 bits (--quantize {config.task.quantize})", "take --parallel ddp"
+        )
 
 
 def running_text(

@@ -57,7 +57,7 @@ class Problem:
     steps: int
 
 
-STORIES = Problem("stories260K", 64, 172, 5, 8, 4, 512, 4, (90, 256), 4, 128, (1, 4), 10)
+STORIES = Problem("stories260K", 64, 172, 5, 8, 4, 512, 4, (90, 256), 4, 128, (1, 4), 4)
 SMOLLM = Problem("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, 192, (90, 256), 1, 128, (1, 4), 1)
 TINY = Problem("tiny", 32, 48, 1, 4, 2, 64, 8, (8,), 16, 256, (1,), 1)
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def ranks(pool, tmp_path):
         return results
 
     return call
+
+
+@pytest.fixture
+def wait_for_step():
+    """Wait until a run that is another process has written the metrics of a step."""
+
+    def wait(run: Path, step: int, child, timeout: float = 120) -> None:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if child.poll() is not None:
+                pytest.fail(f"the run ended before step {step}: {child.stderr.read()}")
+            metrics = run / "metrics.jsonl"
+            if metrics.is_file() and f'{{"step": {step},' in metrics.read_text():
+                return
+            time.sleep(0.01)
+        pytest.fail(f"step {step} was not reached within {timeout} s")
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -39,18 +39,6 @@ def flags(tiny_flags) -> list:
     return ["pretrain", *tiny_flags, *GALORE, "--batch-size", 4, "--total-batch-size", 8, "--max-steps", 20]
 
 
-def wait_for_step(run: Path, step: int, child, timeout: float = 120) -> None:
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if child.poll() is not None:
-            pytest.fail(f"the run ended before step {step}: {child.stderr.read()}")
-        metrics = run / "metrics.jsonl"
-        if metrics.is_file() and f'{{"step": {step},' in metrics.read_text():
-            return
-        time.sleep(0.01)
-    pytest.fail(f"step {step} was not reached within {timeout} s")
-
-
 def test_nproc_starts_the_processes_and_says_everything_once(process, flags, tmp_path, pool):
     child = process(*flags, "--nproc", 2, "--out", "run", "--json")
     out, err = child.communicate(timeout=120)
@@ -127,7 +115,7 @@ def test_adapters_on_two_processes(method, ranks, base, records, tmp_path):
     assert largest_difference(two, floats) < 1e-5
 
 
-def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, flags, tmp_path):
+def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, flags, tmp_path, wait_for_step):
     flags = [*flags, "--max-steps", 60, "--save-every", 5, "--nproc", 2]
     ranks(2, *flags, "--out", "whole")
     child = process(*flags, "--out", "killed")
@@ -148,7 +136,7 @@ def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, flags, 
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
-def test_a_signal_stops_all_ranks_with_a_checkpoint(process, ranks, flags, tmp_path):
+def test_a_signal_stops_all_ranks_with_a_checkpoint(process, ranks, flags, tmp_path, wait_for_step):
     flags = [*flags, "--max-steps", 60, "--save-every", 50, "--nproc", 2]
     ranks(2, *flags, "--out", "whole")
     child = process(*flags, "--out", "stopped")

@@ -20,9 +20,10 @@ def watch(name: str) -> None:
     """Note (name, bytes, whether floats of 64 bit or integers: numbers of the loop, no gradients) of every call."""
     original = getattr(dist, name)
 
-    def watched(tensor, *args, **kwargs):
+    def watched(*args, **kwargs):
+        tensor = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
         SENT.append((name, tensor.nbytes, tensor.dtype in (torch.float64, torch.int64)))
-        return original(tensor, *args, **kwargs)
+        return original(*args, **kwargs)
 
     setattr(dist, name, watched)
 
@@ -50,8 +51,9 @@ def run(argv: list[str], env: dict[str, str], folder: str, before: str) -> dict:
 
 
 if __name__ == "__main__":
-    for name in ("all_reduce", "reduce", "broadcast"):
-        watch(name)
+    for name in ("all_reduce", "reduce", "broadcast", "reduce_scatter_single", "reduce_scatter_tensor"):
+        if hasattr(dist, name):
+            watch(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import lowrank_cli.train.prepare  # noqa: F401 before the first run is timed

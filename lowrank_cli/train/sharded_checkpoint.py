@@ -1,0 +1,204 @@
+"""Checkpoints of weights that are cut over processes: torch.distributed.checkpoint, every process writes its own rows.
+
+A tensor is saved as the whole one that its parts are of, so that any number of processes can go on from it, one
+included. Only 8-bit moments of whose blocks some lie on two processes are saved part by part: they go on with the same
+number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.models.sharding import is_cut, load_whole
+from lowrank_cli.ops.replicas import Alone, Replicas, rows_of
+from lowrank_cli.ops.shards import layout, own_rows
+
+FOLDER = "sharded"
+MODEL, OPTIMIZER = "model.", "optimizer."
+# elements of a block of 8-bit moments, and the end of the name of its scales
+BLOCK, SCALE = 256, "_scale"
+
+
+def write(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], replicas: Replicas
+) -> None:
+    """Write what a run trains; every process calls it.
+
+    Args:
+        folder: on a file system that all processes see.
+        model: cut by `models.sharding.shard`.
+        optimizer: of this process's parts.
+        tensors: its state, `name|key`.
+        replicas: the processes.
+    Raises:
+        LowrankError: it could not be written, whichever process it was.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    state: dict[str, Any] = {MODEL + name: p.detach() for name, p in model.named_parameters()}
+    mesh, parameters = next(p for p in model.parameters() if is_cut(p)).device_mesh, parameters_of(optimizer)
+    cut = {key: t for key, t in tensors.items() if t.dim() and layout(parameters[_parameter(key)]).is_cut}
+    heights = dict(zip(cut, map(int, replicas.numbers(*(t.shape[0] for t in cut.values()))), strict=True))
+    for key, tensor in tensors.items():
+        if key not in cut:
+            state[OPTIMIZER + key] = tensor
+        elif _blocks_are_whole(key, {k: (heights[k], *t.shape[1:]) for k, t in cut.items()}, replicas.world_size):
+            state[OPTIMIZER + key] = _as_whole(tensor, heights[key], mesh)
+        else:
+            state[_part_key(key, replicas)] = tensor
+    try:
+        dcp.save(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        # the system's own reason is for the caller to tell, with what to do
+        if isinstance(failure, OSError):
+            raise failure from None
+        raise LowrankError(
+            f"rank {rank} could not write its part of the checkpoint: {failure}", "look at the folder of --out"
+        ) from None
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: Alone) -> None:
+    """The inverse of `write`, on any number of processes, with a model that is cut or whole.
+
+    Raises:
+        RuntimeError: the checkpoint is of another model.
+        UsageError: 8-bit moments cannot be divided as they would have to be.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    shapes = {key: entry.size for key, entry in saved.items()}
+    parameters = parameters_of(optimizer)
+    state: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        if shapes.get(MODEL + name) != p.shape:
+            raise RuntimeError(f"{name} is {_size(shapes.get(MODEL + name))} there and {_size(p.shape)} here")
+        state[MODEL + name] = p.detach()
+    mesh = next((p.device_mesh for p in model.parameters() if is_cut(p)), None)
+    ours: dict[str, Tensor] = {}
+    for key, entry in saved.items():
+        wanted = _wanted(key, replicas)
+        if wanted is None:
+            continue
+        p, dtype = parameters.get(_parameter(wanted)), entry.properties.dtype
+        if p is None:
+            raise RuntimeError(f"{_parameter(wanted)} is trained in one of them only")
+        if key.startswith(OPTIMIZER) and entry.size and layout(p).is_cut:
+            _check_blocks(wanted, shapes, replicas.world_size)
+            start, stop = rows_of(entry.size[0], replicas.rank, replicas.world_size)
+            ours[wanted] = torch.empty(stop - start, *entry.size[1:], dtype=dtype, device=p.device)
+            state[key] = _as_whole(ours[wanted], entry.size[0], mesh)
+        else:
+            state[key] = ours[wanted] = torch.empty(entry.size, dtype=dtype, device=p.device)
+    dcp.load(state, checkpoint_id=folder, no_dist=mesh is None)
+    load_optimizer(optimizer, ours)
+
+
+def load_plain(
+    weights: dict[str, Tensor], tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer,
+    replicas: Replicas,
+) -> None:  # fmt: skip
+    """Go on, cut, from what was saved whole.
+
+    Args:
+        weights: of the whole model.
+        tensors: of the whole optimizer, `name|key`.
+        model: cut by `models.sharding.shard`.
+        optimizer: of the parts.
+        replicas: the processes.
+    Raises:
+        RuntimeError: the checkpoint is of another model.
+        UsageError: 8-bit moments cannot be divided as they would have to be.
+    """
+    load_whole(model, weights, replicas)
+    parameters, ours = parameters_of(optimizer), {}
+    shapes = {OPTIMIZER + key: t.shape for key, t in tensors.items()}
+    for key, tensor in tensors.items():
+        if tensor.dim() and layout(parameters[_parameter(key)]).is_cut:
+            _check_blocks(key, shapes, replicas.world_size)
+            ours[key] = own_rows(tensor, replicas).clone()
+        else:
+            ours[key] = tensor
+    load_optimizer(optimizer, ours)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put tensors of an optimizer's state back, `name|key`; every one keeps its dtype.
+
+    Raises:
+        RuntimeError: they are of parameters that this optimizer has not.
+    """
+    by_name = parameters_of(optimizer)
+    for key, tensor in tensors.items():
+        p = by_name.get(_parameter(key))
+        if p is None:
+            raise RuntimeError(f"{_parameter(key)} is trained in one of them only")
+        optimizer.state[p][key.rpartition("|")[2]] = tensor.to(p.device)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's parameters by name."""
+    return {n: p for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+
+
+def _parameter(key: str) -> str:
+    return key.rpartition("|")[0]
+
+
+def _as_whole(part: Tensor, height: int, mesh: Any) -> Tensor:
+    """A process's rows as the part of a tensor of so many."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    shape = torch.Size((height, *part.shape[1:]))
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(part.contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _blocks_are_whole(key: str, shapes: dict[str, tuple[int, ...]], world_size: int) -> bool:
+    """Whether no block of 8-bit moments would lie on two processes; of any other tensor there are no blocks."""
+    moment = key.removesuffix(SCALE)
+    if f"{moment}{SCALE}" not in shapes or world_size == 1:
+        return True
+    rows, *columns = shapes[moment]
+    return -(-rows // world_size) * math.prod(columns) % BLOCK == 0
+
+
+def _check_blocks(key: str, shapes: dict[str, tuple[int, ...]], world_size: int) -> None:
+    if _blocks_are_whole(OPTIMIZER + key, shapes, world_size):
+        return
+    fitting = [n for n in range(1, 65) if _blocks_are_whole(OPTIMIZER + key, shapes, n)]
+    raise UsageError(
+        f"the 8-bit moments of {_parameter(key)} would be rounded anew on {world_size} processes: a block of {BLOCK} "
+        "would lie on two of them",
+        f"go on with {' or '.join(map(str, fitting[:6]))}",
+    )
+
+
+def _part_key(key: str, replicas: Replicas) -> str:
+    return f"part {replicas.rank} of {replicas.world_size}: {key}"
+
+
+def _wanted(key: str, replicas: Alone) -> str | None:
+    """The optimizer's `name|key` of an entry that this process takes; None for the model's and for others' parts."""
+    if key.startswith("part "):
+        place, _, name = key.removeprefix("part ").partition(": ")
+        rank, _, world_size = place.partition(" of ")
+        if int(world_size) != replicas.world_size:
+            raise UsageError(
+                f"the 8-bit moments of {_parameter(name)} were saved by {world_size} processes, and their blocks "
+                "cannot be divided otherwise",
+                f"go on with {world_size} processes",
+            )
+        return name if int(rank) == replicas.rank else None
+    return key.removeprefix(OPTIMIZER) if key.startswith(OPTIMIZER) else None
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return " x ".join(map(str, shape)) if shape else "not"
