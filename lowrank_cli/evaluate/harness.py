@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ from lowrank_cli.evaluate.report import rows_of
 from lowrank_cli.evaluate.silence import quiet
 from lowrank_cli.evaluate.subject import Subject
 from lowrank_cli.evaluate.tasks import Loaded
-from lowrank_cli.run import git_commit, now, versions, write_json
+from lowrank_cli.run import git_commit, now, peak_resident_bytes, versions, write_json
 from lowrank_cli.settings.evaluate import HarnessConfig
 
 # lm-eval's defaults, so that a run by hand draws the same examples
@@ -172,8 +171,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that were in use: on the GPU since the evaluation began, otherwise in this process's life."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +181,10 @@ def _answer(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answers_folder(subject: Subject, loaded: Loaded, settings: HarnessConfig) -> Path:
-    model = [subject.digest, str(subject.model.dtype), settings.max_length]
+    # the same weights behind another tokenizer, or read by another configuration, give other answers
+    tokenizer = subject.tokenizer.backend_tokenizer.to_str() if subject.tokenizer.is_fast else repr(subject.tokenizer)
+    model = [subject.digest, str(subject.model.dtype), settings.max_length, tokenizer]
+    model.append(subject.model.config.to_json_string())
     task = [name_of(loaded, settings), loaded.task, loaded.data, metadata.version("lm_eval")]
     return cache_dir() / "eval-answers" / fingerprint([model, task])
 

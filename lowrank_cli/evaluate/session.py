@@ -95,10 +95,16 @@ def plan(config: RunConfig) -> dict[str, Any]:
     settings, offline = config.harness, is_offline(config)
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    from lowrank_cli.evaluate import harness, tasks
+    from lowrank_cli.evaluate import harness, mt_bench, tasks, text_perplexity
     from lowrank_cli.models.source import locate
 
-    names = [name for name in names_of(settings.tasks) if name not in (PPL, MT_BENCH)]
-    loaded = tasks.load(names, settings.data_dir, offline=offline, num_fewshot=settings.num_fewshot)
-    counts = {part.name: harness.questions_in(part, settings.limit) for part in loaded}
+    names = names_of(settings.tasks)
+    plain = [name for name in names if name not in (PPL, MT_BENCH)]
+    loaded = tasks.load(plain, settings.data_dir, offline=offline, num_fewshot=settings.num_fewshot)
+    counts: dict[str, Any] = {part.name: harness.questions_in(part, settings.limit) for part in loaded}
+    if PPL in names:
+        text = text_perplexity.read_text(settings, offline=offline)
+        counts[PPL] = f"{text.num_words} words of {text.name}"
+    if MT_BENCH in names:
+        counts[MT_BENCH] = len(mt_bench.read_questions(settings.questions, settings.limit))
     return {"model": locate(config.model, offline=offline).name, **counts}

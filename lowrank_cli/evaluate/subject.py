@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -101,6 +102,11 @@ def check_fits(source: Source, dtype: torch.dtype, device: torch.device, budget:
 
 
 def _bytes_in(path: Path, dtype: torch.dtype) -> int:
+    if path.suffix == ".gguf":
+        # its weights are dequantized when they are loaded
+        from gguf import GGUFReader
+
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors) * dtype.itemsize
     if path.suffix != ".safetensors":
         return path.stat().st_size
     from safetensors import SafetensorError, safe_open
@@ -177,13 +183,26 @@ def result_folder(subject: Subject, out: str | None) -> tuple[Path, str]:
     place = Path(source.adapter or source.location)
     part = f"@{place.name}" if place.parent.name == "checkpoints" else ""
     if out is not None:
-        return Path(out), part
+        return Path(out), part or _apart(Path(out), subject, place.name)
     for folder in (place, *place.resolve().parents[:2]):
         if (folder / "run.json").is_file():
             return folder, part
     name = f"eval-{Path(source.gguf).stem if source.gguf else place.name}-{digest_key(subject.digest)}"
     earlier = sorted(RUNS.glob(f"*-{name}"))
     return earlier[-1] if earlier else RUNS / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{name}", ""
+
+
+def _apart(folder: Path, subject: Subject, name: str) -> str:
+    """What keeps a model's results from those of another one that went to the same folder before it."""
+    for path in sorted((folder / "eval").glob("*.json")):
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))["model"]["sha256"]
+        except (ValueError, KeyError, TypeError):
+            # not one of ours
+            continue
+        if known != subject.digest and "@" not in path.stem:
+            return f"@{name}-{digest_key(subject.digest)}"
+    return ""
 
 
 def digest_key(digest: str) -> str:

@@ -90,6 +90,10 @@ def load(names: list[str], data_dir: str | None, *, offline: bool, num_fewshot: 
         if name in SUITES and SUITES[name].note and name in local:
             console.note(f"{name}: {SUITES[name].note}")
         content = _content(manager, name, task, data_dir, offline)
+        fixed = [part for part in content["tasks"].values() if part.get_config("num_fewshot") == 0]
+        if num_fewshot and fixed:
+            kept = f"{len(fixed)} of its tasks" if len(fixed) < len(content["tasks"]) else name
+            console.warn(f"--num-fewshot {num_fewshot} is not for {kept}: lm-eval fixes no examples there")
         shots = DEFAULT_SHOTS.get("mmlu") if num_fewshot is None and is_mmlu(name) else num_fewshot
         for part in content["tasks"].values():
             # lm-eval's rule: a task that fixes 0 keeps it

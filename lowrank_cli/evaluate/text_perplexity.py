@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import time
@@ -22,21 +24,25 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank_cli import console
 from lowrank_cli.config import DataConfig
+from lowrank_cli.data.cache import cache_dir, fingerprint
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.errors import MissingError, PreflightError, UsageError
-from lowrank_cli.evaluate.perplexity import perplexity
+from lowrank_cli.evaluate.perplexity import Perplexity, perplexity
 from lowrank_cli.evaluate.progress import Progress
 from lowrank_cli.evaluate.published import wikitext_rows
 from lowrank_cli.evaluate.scoring import MAX_ROWS, rows_that_fit
 from lowrank_cli.evaluate.subject import Subject
 from lowrank_cli.evaluate.suites import find
 from lowrank_cli.models.forward import takes_chunked_path
+from lowrank_cli.run import write_json
 from lowrank_cli.settings.evaluate import HarnessConfig
 
 WIKITEXT2 = "wikitext2"
 C4 = "c4"
 # of C4: enough text for as many windows of 2048 tokens as the literature takes
 C4_TOKENS = 256 * 2048
+# what is measured is kept this often, for a call that is interrupted
+KEEP_EVERY_S = 10.0
 _BLANK = "\n\n"
 
 
@@ -201,7 +207,7 @@ def evaluate(subject: Subject, text: Text, settings: HarnessConfig, batch_size: 
         num_batches = math.ceil(len(parts) / rows)
         progress.begin("batches scored", num_batches)
         try:
-            measured = perplexity(model, batches(parts, rows), between=progress.advance)
+            measured = _measure(subject, parts, rows, progress, fresh=settings.fresh)
         except (torch.OutOfMemoryError, MemoryError):
             raise PreflightError(
                 f"{rows} windows of {window} tokens do not fit in the memory of {model.device}",
@@ -217,6 +223,37 @@ def evaluate(subject: Subject, text: Text, settings: HarnessConfig, batch_size: 
         "num_windows": len(parts), "window": window, "stride": settings.stride, "documents": settings.documents,
         "text": text.name, "tokens_per_second": round(num_tokens / seconds, 1), "seconds": round(seconds, 3),
     }  # fmt: skip
+
+
+def _measure(
+    subject: Subject, parts: list[tuple[list[int], int]], rows: int, progress: Progress, *, fresh: bool
+) -> Perplexity:
+    """The perplexity over all windows; what an interrupted call has measured of the same ones is taken over."""
+    identity = [subject.digest, str(subject.model.dtype), subject.model.config.to_json_string(), rows]
+    name = fingerprint([identity, hashlib.sha256(json.dumps(parts).encode()).hexdigest()])
+    kept = cache_dir() / "eval-ppl" / f"{name}.json"
+    sums = {"done": 0, "nats": 0.0, "tokens": 0}
+    if kept.is_file() and not fresh:
+        sums = json.loads(kept.read_text(encoding="utf-8"))
+        console.note("ppl: windows of an interrupted evaluation are taken over; --fresh forgets them")
+    for _ in range(sums["done"]):
+        progress.advance()
+    saved = time.monotonic()
+    for i, batch in enumerate(batches(parts, rows)):
+        if i < sums["done"]:
+            continue
+        found = perplexity(subject.model, [batch], between=progress.advance)
+        sums = {
+            "done": i + 1,
+            "nats": sums["nats"] + found.loss * found.tokens,
+            "tokens": sums["tokens"] + found.tokens,
+        }
+        if time.monotonic() - saved > KEEP_EVERY_S:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, sums)
+            saved = time.monotonic()
+    kept.unlink(missing_ok=True)
+    return Perplexity(sums["nats"] / max(1, sums["tokens"]), sums["tokens"])
 
 
 def _words(text: Text, documents: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: HarnessConfig) -> int:

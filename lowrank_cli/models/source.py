@@ -17,6 +17,8 @@ from lowrank_cli.models import presets
 
 LATEST_RUN = Path("runs/latest")
 ADAPTER = "adapter_config.json"
+# of checkpoints that several processes have written together
+CUT = "sharded"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
@@ -131,6 +133,11 @@ def _model_folder(path: Path) -> Path:
     """The folder with the model or the adapter: the path itself, or the place in a run folder."""
     if (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
+    if (path / CUT).is_dir():
+        raise UsageError(
+            f"{path} is a checkpoint of weights that were cut over processes, and no model yet",
+            f"let the run end, which writes its model: --resume {path}",
+        )
     if (path / "run.json").is_file():
         found = [path / "model", *_checkpoints(path)]
         for folder in found:

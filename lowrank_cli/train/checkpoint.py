@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.models.sharding import whole_tensor
+from lowrank_cli.models.source import CUT
 from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.run import write_json
 from lowrank_cli.train import sharded_checkpoint
@@ -76,7 +77,7 @@ def save(
         if cut:
             # the folder is there when its name is known
             temporary = Path(replicas.told({"temporary": str(temporary)})["temporary"])
-            sharded_checkpoint.write(temporary / sharded_checkpoint.FOLDER, model, optimizer, tensors, replicas)
+            sharded_checkpoint.write(temporary / CUT, model, optimizer, tensors, replicas)
             if not replicas.is_main:
                 return final
         else:
@@ -338,8 +339,8 @@ def load_tensors(path: Path, model: nn.Module, optimizer: Optimizer, replicas: A
     Raises:
         RuntimeError: they are of another model.
     """
-    if (path / sharded_checkpoint.FOLDER).is_dir():
-        sharded_checkpoint.load(path / sharded_checkpoint.FOLDER, model, optimizer, replicas)
+    if (path / CUT).is_dir():
+        sharded_checkpoint.load(path / CUT, model, optimizer, replicas)
         return
     tensors = load_file(path / "optimizer.safetensors")
     if (path / TRAINABLE).is_file():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import MissingError, unknown
-from lowrank_cli.run import RunDir
+from lowrank_cli.run import RunDir, peak_resident_bytes
 
 SINKS = ("tensorboard", "wandb", "trackio")
 
@@ -226,5 +224,4 @@ def peak_memory(device: torch.device) -> int:
     """The most memory held so far, in bytes: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # kibibytes on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident_bytes()

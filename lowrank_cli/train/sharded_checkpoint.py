@@ -19,7 +19,6 @@ from lowrank_cli.models.sharding import is_cut, load_whole
 from lowrank_cli.ops.replicas import Alone, Replicas, rows_of
 from lowrank_cli.ops.shards import layout, own_rows
 
-FOLDER = "sharded"
 MODEL, OPTIMIZER = "model.", "optimizer."
 # elements of a block of 8-bit moments, and the end of the name of its scales
 BLOCK, SCALE = 256, "_scale"

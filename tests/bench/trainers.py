@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -22,6 +21,8 @@ import psutil
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lowrank_cli.run import peak_resident_bytes
 
 SWITCHES = ("--offline", "--quiet", "--no-plots")
 
@@ -45,7 +46,7 @@ class Meter:
     def after_step(self, *_) -> None:
         """An optimizer step has ended."""
         self.ends.append(time.perf_counter())
-        self.peak_bytes = peak_bytes()
+        self.peak_bytes = peak_resident_bytes()
 
     def result(self, **extra: float) -> dict:
         """What the run came to; raises RuntimeError if the number of steps is not the wanted one."""
@@ -60,11 +61,6 @@ class Meter:
             "training_bytes": self.peak_bytes - self.start_bytes,
             **extra,
         }
-
-
-def peak_bytes() -> int:
-    """The most resident memory so far; kibibytes on Linux, bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def flags(problem: dict) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import resource
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli import methods
+from lowrank_cli.run import peak_resident_bytes
 
 OURS, PEFT, LORA, NOTHING = "ours", "PEFT VBLoRA", "PEFT LoRA", "no adapter"
 RANK = 4
@@ -203,7 +203,7 @@ def measure_memory() -> None:
     step = step_of(side, problem, num_vectors, passes, base)
     for _ in range(3):
         step()
-    print(json.dumps((peak_bytes() - start) / 1e6))
+    print(json.dumps((peak_resident_bytes() - start) / 1e6))
 
 
 def probe(base: nn.Module) -> None:
@@ -212,11 +212,6 @@ def probe(base: nn.Module) -> None:
 
     with torch.no_grad():
         base(input_ids=torch.zeros(1, 8, dtype=torch.long))
-
-
-def peak_bytes() -> int:
-    """The most resident memory so far; kibibytes on Linux, bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

