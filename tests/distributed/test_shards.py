@@ -95,7 +95,7 @@ def test_four_processes_train_what_one_does(name, train):
         # a sum in another order rounds a moment to the neighbouring code now and then: the rest is the same
         one, four = weights(one), weights(four)
         other = sum(int(((four[key] - one[key]).abs() > 1e-5).sum()) for key in one)
-        assert other < 0.001 * sum(t.numel() for t in one.values())
+        assert other < 0.005 * sum(t.numel() for t in one.values())
         assert largest_difference(four, one) < 1e-3
         return
     assert largest_difference(weights(four), weights(one)) < 1e-5
