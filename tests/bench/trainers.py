@@ -43,8 +43,10 @@ class Meter:
         self.start_bytes = psutil.Process().memory_info().rss
         self.first_forward.remove()
 
-    def after_step(self, *_) -> None:
-        """An optimizer step has ended."""
+    def after_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """An optimizer step has ended; those without numbers are of the estimate that a run ends with."""
+        if optimizer.param_groups[0]["params"][0].device.type == "meta":
+            return
         self.ends.append(time.perf_counter())
         self.peak_bytes = peak_resident_bytes()
 
