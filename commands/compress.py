@@ -32,7 +32,7 @@ def compress(given: dict[str, Any], method_given: dict[str, dict[str, Any]], cal
     RunDir.check(call.out)
     from lowrank_cli.compress import pipeline, report
 
-    job = pipeline.prepare(resolved)
+    job = pipeline.prepare(resolved, reading=not call.dry_run)
     if call.dry_run:
         rows = [[name, f"{m} x {n}"] for name, (m, n) in job.shapes.items()]
         console.table("What would be compressed", ["linear", "shape"], rows)
@@ -47,6 +47,8 @@ def compress(given: dict[str, Any], method_given: dict[str, dict[str, Any]], cal
 
 def recorded(folder: RunDir, resolved: config.RunConfig, work) -> dict[str, Any]:
     """Do the work; run.json says how it ended, whatever happens."""
+    from safetensors import SafetensorError
+
     folder.start(command=resolved.command, method=resolved.method, seed=resolved.common.seed)
     console.note(f"run {folder.path}")
     try:
@@ -57,10 +59,11 @@ def recorded(folder: RunDir, resolved: config.RunConfig, work) -> dict[str, Any]
     except LowrankError as error:
         folder.finish("failed", error=error.message, exit_code=error.exit_code)
         raise
-    except OSError as error:
-        folder.finish("failed", error=str(error), exit_code=FAILED)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        folder.finish("failed", error=reason, exit_code=FAILED)
         raise LowrankError(
-            f"could not write to {folder.path}: {error.strerror or error}", "make room, or choose another --out"
+            f"could not write to {folder.path}: {reason}", "make room, or choose another --out"
         ) from None
     except BaseException as error:
         folder.finish("failed", error=f"{type(error).__name__}: {error}", exit_code=FAILED)

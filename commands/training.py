@@ -199,8 +199,13 @@ def check_same(folder: RunDir, resolved: RunConfig) -> None:
     if differing:
         raise UsageError(
             f"the run {folder.path} began with other settings: {'; '.join(differing)}",
-            f"drop those flags, or start a new run from its weights: --continue-from {folder.path}",
+            f"drop those flags, or start a new run from its weights: {weights_flag(resolved)} {folder.path}",
         )
+
+
+def weights_flag(resolved: RunConfig) -> str:
+    """The flag of a command by which a new run takes another one's weights."""
+    return "--continue-from" if resolved.command == "pretrain" else "--model"
 
 
 def name_of(resolved: RunConfig) -> str:

@@ -74,11 +74,14 @@ class Job:
         return self.targets.shapes
 
 
-def prepare(config: RunConfig) -> Job | streaming.Streamed:
+def prepare(config: RunConfig, *, reading: bool = True) -> Job | streaming.Streamed:
     """Load the model and the texts; whatever is wrong with them shows here.
 
     A model in safetensors files that needs no text is not loaded: `streaming` compresses it from file to file.
 
+    Args:
+        config: of the command compress.
+        reading: whether such files are read and decomposed now; their linears are known without.
     Raises:
         UsageError: a model that cannot be compressed, weights that are not finite, a text that is too short.
         MissingError: something is not there.
@@ -94,7 +97,8 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
         reader = Reader(source, config)
         if reader.files and reader.has_head and config.model.dtype == "auto":
             given = given_spectra(config, reader.shapes)
-            return streaming.Streamed(config, part, reader, streaming.values_of(reader), given)
+            values = streaming.values_of(reader) if reading else {}
+            return streaming.Streamed(config, part, reader, values, given)
     model = models.load(
         config.model,
         config=None,
@@ -184,12 +188,15 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
     bytes_before = sum(p.numel() for p in model.parameters()) * stored.itemsize
     rows: list[dict[str, Any]] = []
     if targets.linears:
-        plain, weighted, store = spectra_of(job, folder)
-        ranks = job.part.ranks(plain, weighted)
-        rows = report.rows(targets, ranks, plain, weighted)
-        result |= report.about(job.part, plain, ranks)
-        factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
-        shutil.rmtree(store.folder, ignore_errors=True)
+        store = Store(folder.path / f".decompositions.{os.getpid()}")
+        try:
+            plain, weighted = spectra_of(job, store)
+            ranks = job.part.ranks(plain, weighted)
+            rows = report.rows(targets, ranks, plain, weighted)
+            result |= report.about(job.part, plain, ranks)
+            factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
+        finally:
+            shutil.rmtree(store.folder, ignore_errors=True)
     after = measure(model.to(stored), job.measuring)
     if config.compress.format == "dense":
         densify(model)
@@ -213,10 +220,9 @@ def stored_dtype(model: nn.Module, config: RunConfig) -> torch.dtype:
     return own if isinstance(own, torch.dtype) and own.is_floating_point else model.dtype
 
 
-def spectra_of(job: Job, folder: RunDir) -> tuple[Spectra, Spectra, Store]:
-    """The weights' own singular values, the weighted ones, and the decompositions."""
+def spectra_of(job: Job, store: Store) -> tuple[Spectra, Spectra]:
+    """The weights' own singular values and the weighted ones; the decompositions go to the store."""
     settings, linears = job.part.config, job.targets.linears
-    store = Store(folder.path / f".decompositions.{os.getpid()}")
     decompose_all(
         job.model, linears, store, windows=job.calibration, weighting=job.weighting, damping=settings.damping,
         seed=job.config.common.seed,
@@ -224,12 +230,12 @@ def spectra_of(job: Job, folder: RunDir) -> tuple[Spectra, Spectra, Store]:
     form = {"shapes": job.targets.shapes, "pifa": settings.pifa, "allow_growth": settings.paper}
     weighted = Spectra({name: store.get(name).values.cpu() for name in linears}, **form)
     if job.given:
-        return Spectra(job.given, **form), weighted, store
+        return Spectra(job.given, **form), weighted
     if job.weighting == "none":
-        return weighted, weighted, store
+        return weighted, weighted
     with progress("singular values", len(linears)) as advance:
         values = plain_values(linears, advance)
-    return Spectra({name: v.cpu() for name, v in values.items()}, **form), weighted, store
+    return Spectra({name: v.cpu() for name, v in values.items()}, **form), weighted
 
 
 @torch.no_grad()

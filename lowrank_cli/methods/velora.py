@@ -43,7 +43,8 @@ LETTERS = {
 # linears of a layer that read the same tensor: wrapping some of them frees nothing
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 # what PEFT calls the two linears of an adapter
-ADAPTER_INPUT, ADAPTER_OUTPUT = ".lora_A.default", ".lora_B.default"
+# a linear in two: which of them has the input, and which has not; of LoRA, and of WeLore's two forms
+FIRST, SECOND = (".lora_A.default", ".B", ".pivots"), (".lora_B.default", ".A", ".others")
 # features in a group, where num_groups is left open
 GROUP_SIZE = 16
 
@@ -82,7 +83,7 @@ class VeLoRA(Method):
             )
         compressors: dict[tuple, Compressor] = {}
         for name, (module, num_groups) in self.targets(model).items():
-            parent, _, leaf = name.removesuffix(ADAPTER_INPUT).rpartition(".")
+            parent, _, leaf = plain_name(name).rpartition(".")
             family = next((s for s in SIBLINGS if leaf in s), (leaf,))
             seed = zlib.crc32(f"{parent} {family}".encode())
             key = (parent, family, num_groups)
@@ -142,7 +143,8 @@ class VeLoRA(Method):
         return found
 
     def candidates(self, model: nn.Module) -> dict[str, tuple[str, nn.Linear]]:
-        """The linears that train, by the name that a user knows: a LoRA's A by that of the linear it adapts.
+        """The linears that train, by the name that a user knows: the first half of a LoRA, or of a linear of low rank,
+        by that of the whole.
 
         Returns:
             Each with its own full name.
@@ -150,7 +152,8 @@ class VeLoRA(Method):
         from lowrank_cli.models.targets import linears
 
         training = {n: m for n, m in linears(model).items() if m.weight.requires_grad}
-        return {n.removesuffix(ADAPTER_INPUT): (n, m) for n, m in training.items() if not n.endswith(ADAPTER_OUTPUT)}
+        halves = {plain_name(n) + second for n in training for second in SECOND if n.endswith(FIRST)}
+        return {plain_name(n): (n, m) for n, m in training.items() if n not in halves}
 
     def groups_for(self, name: str, features: int, wanted: str | None) -> int:
         """The number of groups of an input; raises UsageError naming the nearest divisors."""
@@ -188,7 +191,7 @@ class VeLoRA(Method):
 
     def freed(self, model: nn.Module, name: str, num_groups: int, features: int) -> str:
         """What wrapping this weight's linear really frees: nothing where a sibling keeps the same input."""
-        parent, _, leaf = name.removesuffix(".weight").removesuffix(ADAPTER_INPUT).rpartition(".")
+        parent, _, leaf = plain_name(name.removesuffix(".weight")).rpartition(".")
         training = self.candidates(model)
         siblings = [
             s for s in next((s for s in SIBLINGS if leaf in s), ()) if s != leaf and f"{parent}.{s}" in training
@@ -220,3 +223,8 @@ class VeLoRA(Method):
         factor = (shape[0], group["num_groups"])
         size = shape[0] * shape[1] * dtype_bytes
         return Memory(weights=size, gradients=4 * factor[0] * factor[1], states=state_bytes(optimizer, factor))
+
+
+def plain_name(name: str) -> str:
+    """The name of the linear that another one is the first half of; of any other its own."""
+    return next((name.removesuffix(first) for first in FIRST if name.endswith(first)), name)

@@ -239,9 +239,10 @@ def clip(session: Session, gradients: Gradients) -> float | None:
 def not_finite(session: Session, what: str) -> LowrankError:
     """The end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
     whole = checkpoint.newest(session.run.checkpoints, session.progress.step)
-    good = (
-        f"{whole} is good: go on from it with --continue-from {whole}" if whole else "there is no earlier checkpoint"
-    )
+    # a checkpoint of an adapter has no base with it, so that nothing else can begin from it
+    flag = "--continue-from" if session.config.command == "pretrain" else "--model"
+    good = f"{whole} is good: go on from it with {flag} {whole}" if whole else "there is no earlier checkpoint"
+    good = "start again" if session.adapter is not None else good
     return LowrankError(
         f"{what} at step {session.progress.step + 1}; {audit.first_non_finite(session.model)}",
         f"{good}; a lower --lr, --grad-clipping 1.0 or a longer --warmup-steps may help",

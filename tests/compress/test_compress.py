@@ -234,6 +234,30 @@ def test_a_write_that_fails_leaves_no_half_model(compress, monkeypatch):
     assert json.loads(Path("run/run.json").read_text())["status"] == "failed"
 
 
+def test_a_stop_leaves_no_decompositions(compress, monkeypatch):
+    from lowrank_cli.compress import decomposition, pipeline
+
+    def stopped(model, targets, ranks, store, form):
+        assert list(Path("run").glob(".decompositions.*/*.safetensors"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "Store", lambda folder: decomposition.Store(folder, budget=0))
+    monkeypatch.setattr(pipeline, "factor", stopped)
+    said = compress("--welore-rank", 50, "--eval-tokens", 300, "--out", "run", code=130)
+    assert "no model was written" in said
+    assert not list(Path("run").glob(".*"))
+    assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
+
+
+def test_dry_run_reads_no_weights(compress, monkeypatch):
+    from lowrank_cli.compress import streaming
+
+    monkeypatch.setattr(streaming, "cached_values", lambda *_: pytest.fail("a matrix was decomposed"))
+    result = compress("--welore-rank", 50, "--eval-tokens", 0, "--dry-run", "--json", "--out", "run")
+    assert result["linears"]["model.layers.0.self_attn.q_proj"] == [64, 64]
+    assert not Path("run").exists()
+
+
 def test_same_seed_same_model(compress, text):
     for out in ("a", "b"):
         compress("--welore-param-budget", 0.7, "--welore-calibrate", text, "--out", out, "--no-plots")

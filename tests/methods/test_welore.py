@@ -111,9 +111,11 @@ def test_learns_and_resumes_bit_for_bit(lowrank, compressed, news):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", ["welore+galore", "welore+velora"])
-def test_combines_with(method, lowrank, compressed, news):
-    more = ["--galore-rank", 2] if "galore" in method else ["--velora-layers", "*.B"]
+@pytest.mark.parametrize(
+    ("method", "layers"), [("welore+galore", ""), ("welore+velora", "qd"), ("welore+velora", "*_proj")]
+)
+def test_combines_with(method, layers, lowrank, compressed, news):
+    more = ["--galore-rank", 2] if "galore" in method else ["--velora-layers", layers]
     finetune(lowrank, compressed, "--method", method, *more, "--task", "text", "--dataset", news, "--max-steps", 2,
              "--lr", 0.01, "--out", "run")  # fmt: skip
     before, after = tensors_of(compressed), tensors_of(Path("run/model"))
