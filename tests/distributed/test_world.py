@@ -10,7 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from lowrank_cli.errors import MissingError
+from lowrank_cli.train.distributed import Place
 
 GALORE = ["--method", "galore", "--galore-rank", 8, "--galore-update-proj-gap", 7, "--eps", 1e-3]
 
@@ -283,6 +287,17 @@ if rank == 1:
     def test_one_gpu_for_two_processes(self, ranks, flags):
         results = ranks(2, *flags, "--device", "cuda:1", code=2)
         assert "--device cuda:1 is one device for 2 processes" in told(results)
+
+    def test_a_torch_that_cannot_talk_between_gpus(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        place = Place(rank=1, world_size=2, local_rank=1, node=0, host="localhost", port=1)
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+        assert place.device("auto") == "cuda:1"
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+        with pytest.raises(MissingError, match="this torch has no NCCL") as caught:
+            place.device("auto")
+        assert "--device cpu" in caught.value.hint
 
     def test_more_processes_than_gpus(self, ranks, flags):
         if os.environ.get("CUDA_VISIBLE_DEVICES") or Path("/dev/nvidia0").exists():
