@@ -30,6 +30,8 @@ from lowrank_cli.errors import LowrankError
 DAMPING = 1e-3
 # columns that are taken to float64 at a time: a weight never exists in it as a whole unless it is weighted
 BLOCK = 1024
+# rows of a symmetric product at a time
+STRIP = 512
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,25 @@ def regularized(moment: Tensor, damping: float) -> Tensor:
 
 def gram_matrix(oriented: Tensor, scale: float, far: Tensor | None = None) -> Tensor:
     """W W^T, or W A W^T, of a (k, other) weight divided by a number; (k, k) float64."""
+    size = oriented.shape[0]
+    gram = torch.zeros(size, size, dtype=torch.float64, device=oriented.device)
     if far is not None:
         matrix = oriented.double() / scale
-        return matrix @ far @ matrix.mT
-    gram = torch.zeros(oriented.shape[0], oriented.shape[0], dtype=torch.float64, device=oriented.device)
-    for block in oriented.split(BLOCK, dim=1):
-        block = block.double() / scale
-        gram.addmm_(block, block.mT)
+        add_symmetric_(gram, matrix @ far, matrix)
+    else:
+        for block in oriented.split(BLOCK, dim=1):
+            block = block.double() / scale
+            add_symmetric_(gram, block, block)
+    for start in range(0, size, STRIP):
+        gram[:start, start : start + STRIP] = gram[start : start + STRIP, :start].mT
     return gram
+
+
+def add_symmetric_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds the lower part of left right^T, which is symmetric: half of the product, strip by strip."""
+    for start in range(0, total.shape[0], STRIP):
+        stop = min(total.shape[0], start + STRIP)
+        total[start:stop, :stop].addmm_(left[start:stop], right[:stop].mT)
 
 
 def largest_entry(weight: Tensor) -> float:
