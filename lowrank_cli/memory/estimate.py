@@ -77,7 +77,9 @@ class Estimate:
 STAGES = ("forward", "loss", "backward", "step")
 
 
-def estimate(run: Run, model: nn.Module, *, world_size: int = 1, parallel: str = "ddp") -> Estimate:
+def estimate(
+    run: Run, model: nn.Module, *, world_size: int = 1, parallel: str = "ddp", adapter: bool = False
+) -> Estimate:
     """What a run holds at its peak, in each process.
 
     Args:
@@ -86,6 +88,7 @@ def estimate(run: Run, model: nn.Module, *, world_size: int = 1, parallel: str =
         world_size: processes.
         parallel: "ddp", where every process holds everything, or "fsdp", where it holds a share of weights,
             gradients and states, and gathers the weights of the layers that it is at.
+        adapter: whether what trains is an adapter, which every process holds whole.
     Raises:
         ValueError: another way of being parallel.
         LowrankError: the model does what cannot be done without values.
@@ -110,11 +113,11 @@ def estimate(run: Run, model: nn.Module, *, world_size: int = 1, parallel: str =
     equal = count > WHOLE and are_equal(model)
     parts = extended(*(of(few) for few in FEW), count) if equal else of(None)
     if world_size > 1 and parallel == "fsdp":
-        parts = sharded(parts, model, world_size)
+        parts = sharded(parts, model, world_size, adapter=adapter)
     return Estimate(tuple(parts), FRAGMENTATION_SHARE if run.device == "cuda" else 0.0)
 
 
-def sharded(parts: Iterable[Peak], model: nn.Module, world_size: int) -> list[Peak]:
+def sharded(parts: Iterable[Peak], model: nn.Module, world_size: int, *, adapter: bool = False) -> list[Peak]:
     """The peaks of one process under FSDP with a unit for each layer and one for the rest.
 
     Weights, gradients, moments and bases are cut evenly. Forward and backward have the weights of the rest, of the
@@ -127,14 +130,14 @@ def sharded(parts: Iterable[Peak], model: nn.Module, world_size: int) -> list[Pe
     found = []
     for part in parts:
         held = dict(part.bytes_by_label)
-        for label in SHARDED:
+        for label in (WEIGHTS,) if adapter else SHARDED:
             held[label] /= world_size
         stage = part.at[1].partition(" ")[0]
         if stage in ("forward", "loss", "backward"):
             held[WEIGHTS] += (rest + min(2, len(layers)) * largest) * (1 - 1 / world_size)
-        if stage in ("loss", "backward"):
+        if stage in ("loss", "backward") and not adapter:
             held[GRADIENTS] += rest * (1 - 1 / world_size)
-        if stage == "backward":
+        if stage == "backward" and not adapter:
             held[GRADIENTS] += max(rest, 2 * largest) * (1 - 1 / world_size)
         found.append(replace(part, bytes_by_label=held))
     return found

@@ -77,14 +77,22 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_cut(tensor) else tensor.detach()
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what an evaluation has put together: without a backward pass FSDP2 leaves embedding and head whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def reunite(model: nn.Module, replicas: Replicas) -> None:
     """The inverse of `shard`, in place: on rank 0 the model is a plain one again, on the CPU. All have to call it;
     to the others the model is worth nothing afterwards."""
     from torch.distributed.fsdp import FSDPModule
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.reshard()
+    reshard(model)
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):

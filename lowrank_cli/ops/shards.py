@@ -81,7 +81,9 @@ class Shard(Whole):
         return own_rows(whole, self.replicas).clone()
 
     def summed(self, low_rank_grad: Tensor) -> Tensor:
-        return self.replicas.scattered_sum(low_rank_grad)
+        # as everywhere, gradients of 16 bits are summed in 32
+        narrow = low_rank_grad.element_size() < 4
+        return self.replicas.scattered_sum(low_rank_grad.float() if narrow else low_rank_grad)
 
     def settled(self, low_rank_grad: Tensor, bases: dict[str, Tensor]) -> Tensor:
         return self.summed(low_rank_grad) if "left" in bases else low_rank_grad

@@ -178,9 +178,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             bases = self._direction(p).row_scaled(bases)
         return bases if "left" not in bases else {**bases, "left": layout.whole_basis(bases["left"], "left")}
 
-    def collect(self, p: Tensor) -> None:
-        """Adds the projection of `.grad` to the buffer; the basis must not be due. `.grad` stays as it is."""
-        bases, layout = self.bases(p), self.layouts[p]
+    def collect(self, p: Tensor, bases: dict[str, Tensor] | None = None) -> None:
+        """Adds the projection of `.grad` to the buffer; the basis must not be due. `.grad` stays as it is. `bases` are
+        those of `bases()`, if they are at hand."""
+        bases, layout = self.bases(p) if bases is None else bases, self.layouts[p]
         if p in self.normalised:
             magnitude_grad, low_rank_grad = self._direction(p).collect(p.grad, bases)
             self._add_normalised(p, magnitude_grad, layout.settled(low_rank_grad, bases))
@@ -232,7 +233,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         # the moments, and the arithmetic on them, are float32 whatever the dtype of the weight
         if p.grad is not None:
             # the whole gradient, or the part of it that did not come through a projected linear
-            self.collect(p)
+            self.collect(p, bases)
         grad = self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
         if "step" not in state:
             state["step"] = 0
@@ -364,24 +365,26 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._direction(p)
         gap, place = state.get("gap", group["update_proj_gap"]), self.places[p][0]
         state["refreshes"] = state.get("refreshes", 0) + 1
-        # old^T new, (r, r)
-        change = {side: old.float().mT @ bases[side].float() for side, old in self.whole_bases(p).items()}
+        again, change = any(f"basis_{side}" in state for side in bases), {}
+        if again and group["moments"] == "rotate":
+            # old^T new, (r, r)
+            change = {side: old.float().mT @ bases[side].float() for side, old in self.whole_bases(p).items()}
         state.update({f"basis_{side}": self.layouts[p].own_basis(new) for side, new in bases.items()})
-        if change and group["moments"] == "reset":
+        if again and group["moments"] == "reset":
             del state["step"]
-        elif change and group["moments"] == "rotate":
+        elif change:
             self._rotate(state, change, group)
         if not alive:
             # a gradient of zeros has no directions: the next one is asked again
             state["until_refresh"] = 1
             return
-        if group["lazy_refresh"] and change:
+        if group["lazy_refresh"] and again:
             state["calm"] = state.get("calm", 0) + 1 if calm else 0
             if state["calm"] >= CALM_REFRESHES:
                 gap, state["calm"] = 2 * gap, 0
             state["gap"] = gap
         # staggered: the first refresh is everyone's, the second spreads them over the gap
-        spread = 1 + place * gap // len(self.places) if group["stagger"] and not change else gap
+        spread = 1 + place * gap // len(self.places) if group["stagger"] and not again else gap
         state["until_refresh"] = spread
 
     def _tell(self, engine: str) -> None:

@@ -38,7 +38,8 @@ class Gradients:
         self.magnitudes: dict[Tensor, Tensor] = getattr(optimizer, "magnitude_grads", {})
         self.last = True
         self.measuring = False
-        self.square: Tensor | float = 0.0
+        # of what has been stepped within backward; a sum would be of tensors from several streams
+        self.squares: list[Tensor] = []
         self.zeros: set[Tensor] = set()
         self._pending: dict[Tensor, int] = {}
         self._patched: list[nn.Module] = []
@@ -57,7 +58,8 @@ class Gradients:
         """Forget the last update; `measuring` keeps what a per-layer step would free: the norm, and `zeros`, the
         parameters whose gradient is there and zero throughout."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.measuring, self.square = measuring, 0.0
+        self.measuring = measuring
+        self.squares.clear()
         self.zeros.clear()
         self._pending.clear()
 
@@ -79,7 +81,7 @@ class Gradients:
 
     def _total_norm(self, left: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Of parts of gradients, with their parameters, and of what per-layer steps have seen already."""
-        return (nn.utils.get_total_norm([part for _, part in left]).float().square() + self.square).sqrt()
+        return (nn.utils.get_total_norm([part for _, part in left]).float().square() + sum(self.squares)).sqrt()
 
     def _square(self, p: Tensor, part: Tensor) -> Tensor:
         """What a part of a tensor's gradient adds to the square of the norm."""
@@ -119,7 +121,8 @@ class Gradients:
             if not bool(grad.any()):
                 self.zeros.add(p)
             for part in (grad, self.magnitudes.get(p)):
-                self.square = self.square if part is None else self.square + self._square(p, part)
+                if part is not None:
+                    self.squares.append(self._square(p, part))
         self.optimizer.step_one(p, self.groups[p])
         p.grad = None
 

@@ -80,7 +80,7 @@ class ShardedGradients(ReplicatedGradients):
         replicas, optimizer = self.replicas, self.optimizer
         # as many as there are ranks at most: none holds more than one full gradient
         owners = balanced([layout(p).shape.numel() * min(layout(p).shape) for p in cut], replicas.world_size)
-        found = {}
+        mine = {}
         for p, owner in zip(cut, owners, strict=True):
             old, grad = optimizer.whole_bases(p), optimizer.dense_grad(p)
             if self._by_gram(p):
@@ -89,8 +89,9 @@ class ShardedGradients(ReplicatedGradients):
             else:
                 whole, engine = replicas.gathered_at(grad, layout(p).shape[0], owner), None
             if owner == replicas.rank:
-                found[p] = self._find(p, whole, old, engine)
-        self._adopt(cut, owners, found)
+                mine[p] = (whole, old, engine)
+        # all has been exchanged: the ranks decompose side by side
+        self._adopt(cut, owners, {p: self._find(p, *given) for p, given in mine.items()})
 
     def _by_gram(self, p: Tensor) -> bool:
         """Whether the Gram matrix is what the engine decomposes, and no larger than the gradient."""
@@ -101,7 +102,7 @@ class ShardedGradients(ReplicatedGradients):
         return self._part_of.get(weight, weight) if isinstance(weight, Tensor) else weight
 
     def _total_norm(self, left: list[tuple[Tensor, Tensor]]) -> Tensor:
-        square = sum((self._square(p, part) for p, part in left), torch.zeros(())) + self.square
+        square = sum((self._square(p, part) for p, part in left), torch.zeros(())) + sum(self.squares)
         return torch.tensor(self.replicas.numbers(float(square))[0]).sqrt()
 
     def _square(self, p: Tensor, part: Tensor) -> Tensor:

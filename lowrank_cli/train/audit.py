@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.models.sharding import local_tensor
-from lowrank_cli.ops.replicas import Replicas
+from lowrank_cli.ops.replicas import Alone, Replicas
 from lowrank_cli.ops.shards import layout
 
 # elements of a tensor that are compared before and after the first update
@@ -146,14 +146,27 @@ def sample(p: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // SAMPLE)]
 
 
-def first_non_finite(model: nn.Module, weights_only: bool = False) -> str:
-    """Which weight or gradient is not finite, in the model's order; empty if `weights_only` and all weights are."""
-    for name, p in model.named_parameters():
-        if not bool(torch.isfinite(local_tensor(p)).all()):
-            return f"the first tensor with a non-finite value is the weight {name}"
+def first_non_finite(
+    model: nn.Module, optimizer: torch.optim.Optimizer, replicas: Alone, weights_only: bool = False
+) -> str:
+    """Which weight or gradient is not finite, in the model's order; empty if `weights_only` and all weights are.
+
+    Where weights are cut over processes all of them have to ask.
+    """
+    weights = [(name, local_tensor(p)) for name, p in model.named_parameters()]
+    broken = _first_broken(weights, replicas)
+    if broken is not None:
+        return f"the first tensor with a non-finite value is the weight {broken}"
     if weights_only:
         return ""
-    for name, p in model.named_parameters():
-        if p.grad is not None and not bool(torch.isfinite(local_tensor(p.grad)).all()):
-            return f"the weights are finite; the first non-finite gradient is that of {name}"
+    broken = _first_broken([(name, p.grad) for name, p in named(optimizer)], replicas)
+    if broken is not None:
+        return f"the weights are finite; the first non-finite gradient is that of {broken}"
     return "all weights and gradients are finite, so it arose in the forward pass"
+
+
+def _first_broken(tensors: list[tuple[str, Tensor | None]], replicas: Alone) -> str | None:
+    flags = [float(t is not None and not bool(torch.isfinite(t).all())) for _, t in tensors]
+    if replicas.sharded:
+        flags = replicas.numbers(*flags)
+    return next((name for (name, _), flag in zip(tensors, flags, strict=True) if flag), None)

@@ -80,6 +80,7 @@ def save(
             sharded_checkpoint.write(temporary / CUT, model, optimizer, tensors, replicas)
             if not replicas.is_main:
                 return final
+            sharded_checkpoint.check_whole(temporary / CUT)
         else:
             if adapter:
                 write_trainable(temporary, trainable(model), base_fingerprint(model))
@@ -107,6 +108,9 @@ def save(
         sizes = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in files}
         write_json(temporary / MANIFEST, sizes)
         commit(temporary, final)
+    except LowrankError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         whole = newest(folder, progress.step)
@@ -139,9 +143,16 @@ def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, by name; if they are cut over processes, put together, and all have to ask."""
-    return {name: whole_tensor(p).contiguous() for name, p in model.named_parameters() if p.requires_grad}
+def trainable(model: nn.Module, *, keeping: bool = True) -> dict[str, Tensor]:
+    """The parameters that train, by name; if they are cut over processes, put together: all have to ask, and those
+    that are not `keeping` get nothing."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensor = whole_tensor(p).contiguous()
+            if keeping:
+                found[name] = tensor
+    return found
 
 
 def write_trainable(folder: Path, tensors: dict[str, Tensor], base: str) -> None:

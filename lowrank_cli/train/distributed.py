@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 JOIN_TIMEOUT_S = 300
 # a process that fails has this long to say why before the others report it as lost
 LAST_WORDS_S = 3.0
+# what the errors of collectives have in them
+BACKENDS = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer")
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,15 @@ class World:
 
         try:
             yield
-        except LostRank as error:
+        except RuntimeError as error:
+            if not (isinstance(error, LostRank) or self._is_of_fsdp(error)):
+                raise
             raise self._explained(error) from None
+
+    def _is_of_fsdp(self, error: RuntimeError) -> bool:
+        """Whether an exchange of FSDP2's own has failed, which speaks as its backend does."""
+        text = str(error)
+        return self.replicas is not None and self.replicas.sharded and any(word in text for word in BACKENDS)
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -277,7 +286,8 @@ class World:
             yield
         except BaseException as error:
             ignore_signals()
-            told = self._explained(error) if isinstance(error, LostRank) else error
+            lost = isinstance(error, LostRank) or (isinstance(error, RuntimeError) and self._is_of_fsdp(error))
+            told = self._explained(error) if lost else error
             console.set_level(console.QUIET if self._claims(told) else console.SILENT)
             raise told from error
         finally:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from lowrank_cli import console, memory
+from lowrank_cli import console, memory, methods
 from lowrank_cli.config import RunConfig
 from lowrank_cli.data import tasks
 from lowrank_cli.data.tokenizer import named_tokenizer
@@ -17,8 +17,9 @@ from lowrank_cli.errors import MissingError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD, LowRankConfig, LowRankQuantizer
 from lowrank_cli.train import audit, plan
+from lowrank_cli.train.distributed import Place
 from lowrank_cli.train.objective import objective
-from lowrank_cli.train.setup import apply_methods
+from lowrank_cli.train.setup import adapter_of, apply_methods
 
 # of t5-base, the tokenizer of the papers' pretraining runs
 PAPERS_VOCABULARY = 32_100
@@ -81,11 +82,21 @@ class Description:
         self.dtype = models.dtype_of(config.model.dtype, self.device)
         name = config.task.task if config.task is not None else None
         self.task = tasks.describe(name) if name not in (None, "text") else None
+        place = Place.here()
+        self.world_size = place.world_size if place else config.train.nproc
 
     def estimate(self) -> memory.Estimate:
         """The estimate of one process."""
-        train = self.config.train
-        return memory.estimate(self.run(), self.model(), world_size=train.nproc, parallel=train.parallel)
+        parts = [methods.get(name)(part) for name, part in self.config.methods.items()]
+        for part in parts:
+            part.command = self.config.command
+        return memory.estimate(
+            self.run(),
+            self.model(),
+            world_size=self.world_size,
+            parallel=self.config.train.parallel,
+            adapter=adapter_of(parts) is not None,
+        )
 
     def run(self) -> memory.Run:
         """What decides the memory of one process."""
@@ -94,7 +105,7 @@ class Description:
             parts=self.parts,
             loss=partial(objective(self.task).loss, targets=batch["labels"].numel()),
             batch=batch,
-            passes=max(1, plan.total_batch_size(self.config) // (train.batch_size * train.nproc)),
+            passes=max(1, plan.total_batch_size(self.config) // (train.batch_size * self.world_size)),
             optim=self.config.optim,
             device=self.device.type,
             refreshes=self.has_refresh(),

@@ -71,8 +71,13 @@ def finish(session: Session) -> dict[str, Any]:
         "optimizer_state_bytes": optimizer_bytes(session.optimizer),
         "trainable_parameters": trainable,
         "stored_bytes": sum(p.stat().st_size for p in run.model.glob("*.safetensors")),
-        "sample": sample(session) if session.model.can_generate() else "",
+        "sample": sample(session) if samples(session) else "",
     }
+
+
+def samples(session: Session) -> bool:
+    """Whether the model is where it can write something in a moment: one that was cut over GPUs is on the CPU now."""
+    return session.model.can_generate() and session.model.device.type == session.device.type
 
 
 def estimated_memory(session: Session) -> dict[str, int]:

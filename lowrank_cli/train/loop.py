@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import Interrupted, LowrankError
-from lowrank_cli.models.sharding import reunite
+from lowrank_cli.models.sharding import reshard, reunite
 from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.ops.shards import full_numel
 from lowrank_cli.optim import schedule
@@ -196,7 +196,6 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
             drawing.finish()
         if replicas.sharded:
             reunite(session.model, replicas)
-            session.device = torch.device("cpu")
         return finish.finish(session) if replicas.is_main else {}
 
 
@@ -243,8 +242,9 @@ def not_finite(session: Session, what: str) -> LowrankError:
     flag = "--continue-from" if session.config.command == "pretrain" else "--model"
     good = f"{whole} is good: go on from it with {flag} {whole}" if whole else "there is no earlier checkpoint"
     good = "start again" if session.adapter is not None else good
+    where = audit.first_non_finite(session.model, session.optimizer, session.replicas)
     return LowrankError(
-        f"{what} at step {session.progress.step + 1}; {audit.first_non_finite(session.model)}",
+        f"{what} at step {session.progress.step + 1}; {where}",
         f"{good}; a lower --lr, --grad-clipping 1.0 or a longer --warmup-steps may help",
     )
 
@@ -289,7 +289,7 @@ class Stop:
             self._end(session)
 
     def _end(self, session: Session) -> None:
-        broken = audit.first_non_finite(session.model, weights_only=True)
+        broken = audit.first_non_finite(session.model, session.optimizer, session.replicas, weights_only=True)
         if broken:
             raise not_finite(session, "asked to stop, but the weights are broken")
         step = session.progress.step
@@ -310,6 +310,8 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     )
     progress = session.progress
     progress.evaluation, progress.evaluated = values, progress.step
+    if session.replicas.sharded:
+        reshard(session.model)
     report.evaluation(values, mean_line(values))
     if session.config.task is None:
         return
@@ -324,7 +326,7 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
 
 def keep_best(session: Session) -> None:
     """Write best/: what trains, as it is now."""
-    tensors = checkpoint.trainable(session.model)
+    tensors = checkpoint.trainable(session.model, keeping=session.replicas.is_main)
     if session.replicas.is_main:
         base = checkpoint.base_fingerprint(session.model)
         folder, step = session.run.path / "best", session.progress.step

@@ -101,8 +101,12 @@ def sharded(
     check_sharded(config, groups)
     vars(model)[checkpoint.FINGERPRINT] = checkpoint.base_fingerprint(model)
     whole = {p for group in groups for _, p in group["params"]} if adapter is not None else set()
+    for group in groups:
+        # what FSDP2 has cut is freed on the device only if nobody holds on to it
+        group["params"] = [name for name, _ in group["params"]]
     parts = sharding.shard(model, replicas, device, whole)
-    return [group | {"params": [(n, parts.get(n, p)) for n, p in group["params"]]} for group in groups]
+    held = {name: parts.get(name, p) for name, p in model.named_parameters()}
+    return [group | {"params": [(name, held[name]) for name in group["params"]]} for group in groups]
 
 
 def check_sharded(config: RunConfig, groups: list[dict]) -> None:

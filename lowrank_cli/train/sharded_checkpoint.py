@@ -63,6 +63,19 @@ def write(
         ) from None
 
 
+def check_whole(folder: Path) -> None:
+    """Raises LowrankError if a file of a process is not in the folder: it was written to a disk of its own."""
+    import torch.distributed.checkpoint as dcp
+
+    stored = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    missing = sorted({entry.relative_path for entry in stored if not (folder / entry.relative_path).is_file()})
+    if missing:
+        raise LowrankError(
+            f"{missing[0]} of the checkpoint is not in {folder}: the process that wrote it sees another folder there",
+            "put --out on a file system that all machines share",
+        )
+
+
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: Alone) -> None:
     """The inverse of `write`, on any number of processes, with a model that is cut or whole.
 
@@ -96,7 +109,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, repli
             state[key] = _as_whole(ours[wanted], entry.size[0], mesh)
         else:
             state[key] = ours[wanted] = torch.empty(entry.size, dtype=dtype, device=p.device)
-    dcp.load(state, checkpoint_id=folder, no_dist=mesh is None)
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=mesh is None)
+    except dcp.CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise RuntimeError(f"{type(failure).__name__}: {failure}") from None
     load_optimizer(optimizer, ours)
 
 

@@ -230,7 +230,8 @@ def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, tiny_fl
     _, err = child.communicate(timeout=60)
     assert child.returncode == 1, err
     assert err.count("error:") == 1, err
-    assert "rank 1" in err
+    assert "rank 1 does not answer at step" in err
+    assert "rank 1 does not answer" in json.loads((tmp_path / "killed" / "run.json").read_text())["error"]
     ranks(2, "pretrain", "--resume", "auto", "--out", "killed")
     assert all(weights(tmp_path / "killed")[key].equal(t) for key, t in weights(tmp_path / "whole").items())
 
@@ -274,6 +275,27 @@ def test_16_bits(train):
     two, _ = train(2, [*METHODS["galore"], "--dtype", "bfloat16"], steps=8)
     assert {t.dtype for t in weights(two).values()} == {torch.bfloat16}
     assert lines(two, "loss") == pytest.approx(lines(one, "loss"), rel=1e-2)
+
+
+def test_a_broken_row_is_named_wherever_it_is(ranks, tiny_flags, tmp_path):
+    breaks = """
+from lowrank_cli.train import loop
+original = loop.Session.mark
+def mark(self):
+    original(self)
+    if rank == 1 and self.progress.step == 3:
+        names = {n: p for g in self.optimizer.param_groups for n, p in zip(g["param_names"], g["params"])}
+        names["model.layers.1.mlp.up_proj.weight"].data[2] = float("nan")
+loop.Session.mark = mark
+undo.callback(setattr, loop.Session, "mark", original)
+"""
+    flags = ["pretrain", *tiny_flags, *PLAIN, *FSDP, "--max-steps", 6, "--out", "run"]
+    results = ranks(2, *flags, code=1, before=breaks)
+    said = "".join(r.err for r in results)
+    assert said.count("error:") == 1
+    assert (
+        "at step 4; the first tensor with a non-finite value is the weight model.layers.1.mlp.up_proj.weight" in said
+    )
 
 
 class TestBadInput:
