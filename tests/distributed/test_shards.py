@@ -259,6 +259,19 @@ def test_adapters_stay_whole_on_a_base_that_is_cut(method, ranks, base, records,
     assert all(weights(tmp_path / "two")[key].equal(t) for key, t in two.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], FSDP], ids=["ddp", "fsdp"])
+def test_vblora_on_four_processes(how, ranks, base, records, tmp_path):
+    flags = ["finetune", "--method", "vblora", "--vblora-lr-vector-bank", 0.05, "--model", base, "--dataset", records,
+             "--max-length", 96, *EPS, "--template", "plain", "--no-plots", "--eval-tokens", 200, "--max-steps", 20,
+             "--lr", 0.01, "--total-batch-size", 8]  # fmt: skip
+    ranks(1, *flags, "--batch-size", 8, "--out", "one")
+    ranks(4, *flags, "--batch-size", 2, "--out", "four", *how)
+    four = weights(tmp_path / "four")
+    floats = {k: t for k, t in weights(tmp_path / "one").items() if t.is_floating_point()}
+    assert largest_difference({k: four[k] for k in floats}, floats) < 1e-5
+
+
 def test_a_task_is_judged_and_its_best_weights_are_kept(ranks, base, test_data, tmp_path):
     flags = ["finetune", "--task", "mrpc", "--method", "full", "--model", base, "--data-dir", test_data / "glue", *EPS,
              "--max-length", 32, "--no-plots", "--max-steps", 6, "--eval-every", 2, "--total-batch-size", 8,
