@@ -33,6 +33,8 @@ from lowrank_cli.run import RunDir
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
 from lowrank_cli.svd.spectrum import decompose
 
+# a file is written when it has so many bytes: they, and the copy that is written, are held beside a linear's factors
+FILE_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
 # what a folder has besides weights and their index, and the copy needs as well
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h5", ".msgpack")
@@ -97,7 +99,7 @@ def run(job: Streamed, folder: RunDir) -> dict[str, Any]:
 def write(
     reader: Reader, ranks: Ranks, form: str, folder: Path, config: PretrainedConfig, details: dict[str, Any]
 ) -> tuple[int, int]:
-    """Write the compressed model into an empty folder: a file for each layer, the index, the configuration, the rest.
+    """Write the compressed model into an empty folder: files of FILE_BYTES or more, index, configuration, the rest.
 
     Args:
         reader: of the model's files.
@@ -109,23 +111,35 @@ def write(
     Returns:
         Parameters before and after.
     """
-    shards: dict[str, str] = {}
+    parts: list[list[str]] = []
+    tensors: dict[str, Tensor] = {}
     before = after = 0
-    groups = by_layer(reader)
+    keys = [key for layer in by_layer(reader) for key in layer]
     source = next(iter(reader.files.values())).parent
-    with progress("factoring", len(groups)) as advance:
-        for number, keys in enumerate(groups, 1):
-            tensors: dict[str, Tensor] = {}
-            for key in keys:
-                with safe_open(reader.files[key], "pt") as file:
-                    tensor = file.get_tensor(key)
-                before += tensor.numel()
-                tensors |= dict(compressed(reader, ranks, form, key, tensor))
-            after += sum(t.numel() for t in tensors.values() if t.is_floating_point())
-            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            save_file({k: t.contiguous() for k, t in tensors.items()}, folder / name, metadata={"format": "pt"})
-            shards |= dict.fromkeys(tensors, name)
+
+    def flush() -> None:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / _part(len(parts)), {"format": "pt"})
+        parts.append([*tensors])
+        tensors.clear()
+
+    with progress("factoring", len(keys)) as advance:
+        for key in keys:
+            with safe_open(reader.files[key], "pt") as file:
+                tensor = file.get_tensor(key)
+            before += tensor.numel()
+            for name, value in compressed(reader, ranks, form, key, tensor):
+                tensors[name] = value
+                after += value.numel() if value.is_floating_point() else 0
+            if sum(t.nbytes for t in tensors.values()) >= FILE_BYTES:
+                flush()
             advance()
+        if tensors:
+            flush()
+    shards: dict[str, str] = {}
+    for number, names in enumerate(parts):
+        name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        os.replace(folder / _part(number), folder / name)
+        shards |= dict.fromkeys(names, name)
     total = sum((folder / name).stat().st_size for name in set(shards.values()))
     index = {"metadata": {"total_size": total}, "weight_map": shards}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -137,6 +151,10 @@ def write(
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
     return before, after
+
+
+def _part(number: int) -> str:
+    return f"part-{number}.safetensors"
 
 
 def compressed(reader: Reader, ranks: Ranks, form: str, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -65,11 +65,17 @@ class Decomposition:
             raise ValueError(f"rank {rank} of a weight with {self.values.numel()} singular values")
         basis, dual = self.basis[:, :rank], self.dual[:, :rank]
         oriented = weight.detach() if self.side == "left" else weight.detach().mT  # (k, other)
-        product = torch.cat([dual.mT @ block.double() for block in oriented.split(BLOCK, dim=1)], dim=1)  # (r, other)
-        balance = (product.norm(dim=1) / basis.norm(dim=0)).sqrt()
+        # the products in float64, but never all of them at once
+        far = torch.empty(rank, oriented.shape[1], device=weight.device)
+        squares = torch.zeros(rank, dtype=torch.float64, device=weight.device)
+        for block, part in zip(oriented.split(BLOCK, dim=1), far.split(BLOCK, dim=1), strict=True):
+            product = dual.mT @ block.double()
+            squares += product.square().sum(1)
+            part.copy_(product)
+        balance = (squares.sqrt() / basis.norm(dim=0)).sqrt()
         # a direction of a zero singular value: both factors stay as they are
         balance = torch.where(torch.isfinite(balance) & (balance > 0), balance, 1.0)
-        near, far = (basis * balance).float(), (product / balance[:, None]).float()
+        near, far = (basis * balance).float(), far.div_(balance.float()[:, None])
         return (near, far) if self.side == "left" else (far.mT.contiguous(), near.mT.contiguous())
 
 
@@ -117,7 +123,9 @@ def decompose(
     if near is not None:
         root = torch.linalg.cholesky(near)
         gram = root.mT @ gram @ root
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+        gram = (gram + gram.mT) / 2
+    values, vectors = torch.linalg.eigh(gram)
+    del gram
     values, vectors = values.flip(0).clamp(min=0).sqrt() * scale, vectors.flip(1)
     if root is None:
         return Decomposition(values, vectors, vectors, side)

@@ -269,9 +269,11 @@ def test_same_seed_same_model(compress, text):
 def test_from_file_to_file_gives_the_model_that_memory_gives(form, compress, monkeypatch):
     flags = ("--welore-param-budget", 0.7, "--welore-allocation", "uniform", "--no-plots", *form)
     compress(*flags, "--eval-tokens", 300, "--out", "memory")
+    from lowrank_cli.compress import streaming
     from lowrank_cli.models import load
 
     monkeypatch.setattr(load, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(streaming, "FILE_BYTES", 100_000)
     result = compress(*flags, "--eval-tokens", 0, "--out", "files", "--json")
     assert len(list(Path("files/model").glob("model-*.safetensors"))) > 5
     memory, files = (AutoModelForCausalLM.from_pretrained(f"{out}/model") for out in ("memory", "files"))
@@ -313,7 +315,7 @@ def test_from_file_to_file_needs_less_than_two_layers_of_memory(tmp_path):
         return tmp_path / name
 
     small = made("small", hidden_size=32, intermediate_size=64, num_hidden_layers=1)
-    large = made("large", hidden_size=1024, intermediate_size=5504, num_hidden_layers=6)
+    large = made("large", hidden_size=2048, intermediate_size=8192, num_hidden_layers=3)
     script = (
         "import sys; from lowrank_cli.main import main; from lowrank_cli.run import peak_resident_bytes; "
         "code = main(sys.argv[1:]); print(peak_resident_bytes()); sys.exit(code)"
@@ -327,5 +329,5 @@ def test_from_file_to_file_needs_less_than_two_layers_of_memory(tmp_path):
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks[model.name] = int(done.stdout.strip().splitlines()[-1])
-    layer = 4 * (4 * 1024 * 1024 + 3 * 1024 * 5504)
+    layer = 4 * (4 * 2048 * 2048 + 3 * 2048 * 8192)
     assert peaks["large"] - peaks["small"] < 2 * layer, (peaks, layer)
