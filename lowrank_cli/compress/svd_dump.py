@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,8 @@ def cached_values(name: str, weight: Tensor) -> Tensor:
     Raises:
         UsageError: the weight holds a value that is not finite.
     """
-    if not bool(torch.isfinite(weight).all()):
+    # without a temporary of the weight's size
+    if not all(map(math.isfinite, map(float, torch.aminmax(weight)))):
         raise UsageError(
             f"{name}.weight holds a value that is not finite", "the model is broken: load a sound copy of it"
         )
