@@ -12,11 +12,12 @@ the way of `ReplicatedGradients`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_cli.ops.replicas import Replicas, balanced
+from lowrank_cli.ops.replicas import balanced
 from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.replicated_gradients import ReplicatedGradients
 
@@ -27,23 +28,13 @@ class ShardedGradients(ReplicatedGradients):
     Args:
         model: after `models.sharding.shard`.
         optimizer: of this rank's parts of the parameters.
-        per_layer: as for Gradients; within FSDP2's reduction.
-        clipping: as for Gradients.
-        replicas: the processes.
+        how: per_layer (the step is then within FSDP2's reduction), clipping and replicas, as for ReplicatedGradients.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        per_layer: bool,
-        clipping: float,
-        replicas: Replicas,
-    ):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **how: Any):
         parts = [p for group in optimizer.param_groups for p in group["params"] if layout(p).is_cut]
         self._part_of = {layout(p).source: p for p in parts}
-        super().__init__(model, optimizer, per_layer=per_layer, clipping=clipping, replicas=replicas)
+        super().__init__(model, optimizer, **how)
         self._hooks += [source.register_post_accumulate_grad_hook(self._cut) for source in self._part_of]
 
     def reduce(self) -> None:

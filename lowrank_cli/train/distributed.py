@@ -101,6 +101,8 @@ def settled(config: RunConfig, place: Place | None, *, resuming: bool) -> RunCon
     """
     world_size = place.world_size if place else 1
     train = config.train
+    if train.parallel == "fsdp" and max(world_size, train.nproc) == 1:
+        console.note("--parallel fsdp: one process holds the whole model; --nproc N shares it out")
     total = train.total_batch_size
     if total is None and world_size > 1:
         # a run that is resumed and had no total batch was one process

@@ -311,6 +311,12 @@ undo.callback(setattr, loop.Session, "mark", original)
     )
 
 
+def test_one_process_is_told_that_it_shares_nothing(lowrank, tiny_flags):
+    code, _, err = lowrank("pretrain", *tiny_flags, *FSDP, "--max-steps", 2, "--out", "run")
+    assert code == 0, err
+    assert "--parallel fsdp: one process holds the whole model" in err
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -325,7 +331,6 @@ class TestBadInput:
         assert message in "".join(r.err for r in results)
 
     def test_a_base_of_4_bits(self, ranks, base, records):
-        pytest.importorskip("bitsandbytes")
         flags = ["--method", "lora", "--model", base, "--dataset", records, "--quantize", "nf4", "--max-steps", 2]
         results = ranks(2, "finetune", *flags, *FSDP, "--no-plots", code=2)
         assert "does not cut a base of 4 bits" in "".join(r.err for r in results)
