@@ -238,10 +238,10 @@ def clip(session: Session, gradients: Gradients) -> float | None:
 def not_finite(session: Session, what: str) -> LowrankError:
     """The end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
     whole = checkpoint.newest(session.run.checkpoints, session.progress.step)
-    # a checkpoint of an adapter has no base with it, so that nothing else can begin from it
+    # nothing else can begin from the checkpoint of an adapter, which has no base with it, or from one that is cut
     flag = "--continue-from" if session.config.command == "pretrain" else "--model"
     good = f"{whole} is good: go on from it with {flag} {whole}" if whole else "there is no earlier checkpoint"
-    good = "start again" if session.adapter is not None else good
+    good = "start again" if session.adapter is not None or session.replicas.sharded else good
     where = audit.first_non_finite(session.model, session.optimizer, session.replicas)
     return LowrankError(
         f"{what} at step {session.progress.step + 1}; {where}",

@@ -309,6 +309,9 @@ undo.callback(setattr, loop.Session, "mark", original)
     assert (
         "at step 4; the first tensor with a non-finite value is the weight model.layers.1.mlp.up_proj.weight" in said
     )
+    # a checkpoint that is cut is no model to continue from
+    assert "start again; a lower --lr" in said
+    assert "--continue-from" not in said
 
 
 def test_one_process_is_told_that_it_shares_nothing(lowrank, tiny_flags):
