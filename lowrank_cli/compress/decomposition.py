@@ -2,64 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.targets import select
-from lowrank_cli.svd import calibration
-from lowrank_cli.svd.spectrum import Decomposition, decompose, singular_values
+from lowrank_cli.svd import calibration, layerwise
+from lowrank_cli.svd.shelf import Shelf
+from lowrank_cli.svd.spectrum import Decomposition, decompose
 
-# bytes of decompositions, and of second moments, that are held in memory
+# bytes of decompositions and layers' inputs, or of second moments, that are held in memory
 HELD = 4 << 30
 
 
-@dataclass
 class Store:
-    """Decompositions by name: in memory up to a budget, then in a folder.
+    """Decompositions by name, on a shelf.
 
-    Attributes:
-        folder: for what does not fit.
-        budget: bytes.
+    Args:
+        folder: for what does not fit in memory.
+        budget: bytes held in memory, of decompositions and of what calibration keeps meanwhile.
     """
 
-    folder: Path
-    budget: int = HELD
-    held: dict[str, Decomposition] = field(default_factory=dict)
-    sides: dict[str, str] = field(default_factory=dict)
+    def __init__(self, folder: Path, budget: int = HELD):
+        self.shelf = Shelf(folder, budget)
+        self.sides: dict[str, str] = {}
 
     def put(self, name: str, found: Decomposition) -> None:
         """Keep one."""
-        size = found.basis.nbytes + (found.dual.nbytes if found.dual is not found.basis else 0)
         self.sides[name] = found.side
-        if size <= self.budget:
-            self.budget -= size
-            self.held[name] = found
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        same = found.dual is found.basis
-        tensors = {"values": found.values, "basis": found.basis.contiguous()}
-        save_file(tensors if same else {**tensors, "dual": found.dual.contiguous()}, self.path(name))
+        tensors = {"values": found.values, "basis": found.basis}
+        self.shelf.put(name, tensors if found.dual is found.basis else {**tensors, "dual": found.dual})
 
     def get(self, name: str) -> Decomposition:
         """The one of a linear."""
-        if name in self.held:
-            return self.held[name]
-        tensors = load_file(self.path(name))
+        tensors = self.shelf.get(name)
         return Decomposition(
             tensors["values"], tensors["basis"], tensors.get("dual", tensors["basis"]), self.sides[name]
         )
-
-    def path(self, name: str) -> Path:
-        """Its file, if it was not held."""
-        return self.folder / f"{name}.safetensors"
 
 
 @dataclass
@@ -120,15 +105,6 @@ def check_finite(linears: Mapping[str, nn.Module]) -> None:
             )
 
 
-def plain_values(linears: Mapping[str, nn.Module], advance: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-    """The singular values of every weight."""
-    found = {}
-    for name, module in linears.items():
-        found[name] = singular_values(weight_of(module))
-        advance()
-    return found
-
-
 def decompose_all(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
@@ -139,7 +115,7 @@ def decompose_all(
     damping: float,
     seed: int = 0,
 ) -> None:
-    """Decompose every linear into the store; with weighting, after collecting moments, group by group.
+    """Decompose every linear into the store; with weighting, after collecting moments, a layer after the other.
 
     Args:
         model: the model that the linears are of.
@@ -150,19 +126,42 @@ def decompose_all(
         damping: see `svd.spectrum.decompose`.
         seed: of the labels drawn for two-sided weighting.
     """
-    shapes = {name: shape_of(module) for name, module in linears.items()}
-    windows = list(windows)
-    two_sided = weighting == "two-sided"
-    cut = [list(linears)] if weighting == "none" else calibration.groups(shapes, HELD, two_sided)
-    passes = 0 if weighting == "none" else len(cut) * len(windows)
-    with progress("calibrating" if passes else "decomposing", passes + len(linears)) as advance:
-        for names in cut:
-            moments: dict[str, calibration.Moments] = {}
-            if weighting != "none":
-                moments = calibration.collect(
-                    model, {n: linears[n] for n in names}, windows, two_sided=two_sided, seed=seed, advance=advance
-                )
-            for name in names:
-                given = moments.pop(name, calibration.Moments())
-                store.put(name, decompose(weight_of(linears[name]), given.input, given.output, damping=damping))
+
+    def keep(name: str, moments: calibration.Moments) -> None:
+        weight = weight_of(linears[name])
+        store.put(name, decompose(weight, moments.input, moments.output, damping=damping))
+
+    if weighting == "none":
+        with progress("decomposing", len(linears)) as advance:
+            for name in linears:
+                keep(name, calibration.Moments())
                 advance()
+        return
+    for moments in moments_of(model, linears, list(windows), store.shelf, weighting == "two-sided", seed):
+        while moments:
+            # a linear's moments are freed once it is decomposed
+            keep(*moments.popitem())
+
+
+def moments_of(
+    model: nn.Module, linears: Mapping[str, nn.Module], windows: list[Tensor], shelf: Shelf, two_sided: bool, seed: int
+) -> Iterator[dict[str, calibration.Moments]]:
+    """The moments of some linears after others': layer by layer, or where layers are no chain in groups that fit."""
+    chain = layerwise.chain_of(model)
+    by_layer = layerwise.of_layers(chain, linears) if chain else None
+    if chain and by_layer:
+        passing = layerwise.LayerMoments(chain, by_layer, windows, two_sided=two_sided, shelf=shelf, seed=seed)
+        with progress("passing text through the layers", len(windows) * len(by_layer)) as advance:
+            passing.forward(advance)
+        with progress("calibrating and decomposing layers", sum(map(bool, by_layer))) as advance:
+            for moments in passing.moments():
+                yield moments
+                advance()
+        return
+    shapes = {name: shape_of(module) for name, module in linears.items()}
+    groups = calibration.groups(shapes, HELD, two_sided)
+    for number, names in enumerate(groups, 1):
+        chosen = {name: linears[name] for name in names}
+        with progress(f"calibrating group {number} of {len(groups)}", len(windows)) as advance:
+            moments = calibration.collect(model, chosen, windows, two_sided=two_sided, seed=seed, advance=advance)
+        yield moments

@@ -79,7 +79,7 @@ def read_spectra(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
     by_place = {place_of(name): v for name, v in found.items()}
     values = {}
     for name, (m, n) in shapes.items():
-        v = by_place.get(place_of(name))
+        v = found.get(name, by_place.get(place_of(name)))
         if v is None or v.numel() != min(m, n):
             there = "none" if v is None else f"{v.numel()}"
             raise UsageError(

@@ -5,6 +5,7 @@ Everything is made in memory first; the folder of the result gets the model unde
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from lowrank_cli import console, methods
 from lowrank_cli.compress import report, streaming
-from lowrank_cli.compress.decomposition import Store, Targets, decompose_all, find_targets, plain_values
+from lowrank_cli.compress.decomposition import Store, Targets, decompose_all, find_targets
 from lowrank_cli.compress.files import read_spectra
 from lowrank_cli.compress.progress import progress
-from lowrank_cli.compress.svd_dump import Reader
+from lowrank_cli.compress.svd_dump import Reader, cached_values
 from lowrank_cli.compress.text import text_of_run, tokenizer_for, windows
 from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.errors import UsageError
@@ -108,6 +109,8 @@ def prepare(config: RunConfig, *, reading: bool = True) -> Job | streaming.Strea
         offline=offline,
     ).eval()
     merging = config.compress.format == "dense" and bool(low_rank_linears(model))
+    if merging:
+        refuse_unused(config, part)
     targets = Targets({}, {}) if merging else find_targets(model)
     calibrating = None if settings.calibrate is None else DataConfig(dataset=settings.calibrate)
     calibrating = calibrating or own
@@ -159,6 +162,24 @@ def prepare(config: RunConfig, *, reading: bool = True) -> Job | streaming.Strea
     )
 
 
+def refuse_unused(config: RunConfig, part: methods.Method) -> None:
+    """Raises UsageError for settings of a compression that `--format dense` of a compressed model would not heed."""
+    given = [
+        f"--welore-{f.name.replace('_', '-')}"
+        for f in dataclasses.fields(part.config)
+        if getattr(part.config, f.name) != getattr(type(part.config)(), f.name)
+    ]
+    given += ["--spectra"] if config.compress.spectra is not None else []
+    if given:
+        raise UsageError(
+            f"the model is compressed already: --format dense only multiplies its factors out, "
+            f"and {' and '.join(given)} would have no effect",
+            "drop it, or give the model that it was made from"
+            if len(given) == 1
+            else "drop them, or give the model that it was made from",
+        )
+
+
 def given_spectra(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     """Singular values of --spectra, for these linears; none without it."""
     if config.compress.spectra is None or not shapes:
@@ -196,7 +217,7 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
             result |= report.about(job.part, plain, ranks)
             factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
         finally:
-            shutil.rmtree(store.folder, ignore_errors=True)
+            shutil.rmtree(store.shelf.folder, ignore_errors=True)
     after = measure(model.to(stored), job.measuring)
     if config.compress.format == "dense":
         densify(model)
@@ -234,8 +255,11 @@ def spectra_of(job: Job, store: Store) -> tuple[Spectra, Spectra]:
     if job.weighting == "none":
         return weighted, weighted
     with progress("singular values", len(linears)) as advance:
-        values = plain_values(linears, advance)
-    return Spectra({name: v.cpu() for name, v in values.items()}, **form), weighted
+        values = {}
+        for name, module in linears.items():
+            values[name] = cached_values(name, weight_of(module))
+            advance()
+    return Spectra(values, **form), weighted
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ from lowrank_cli.svd.spectrum import effective_rank, singular_values
 
 # changes when the same weight would give other values
 METHOD = "eigenvalues of the Gram matrix in float64"
+# rows of a weight that are hashed at a time
+HASHED_ROWS = 256
 
 
 class Reader:
@@ -49,6 +51,7 @@ class Reader:
 
     def __init__(self, source: Source, config: RunConfig):
         self.config = config
+        self.device = models.device_of(config.common.device)
         self.model: nn.Module | None = None
         self.files = self.index(source)
         self.has_head = False  # the files' names are those of the language model, not of the model inside it
@@ -73,12 +76,11 @@ class Reader:
         """The whole model, for what the files cannot give."""
         if self.model is None:
             config = self.config
-            device = models.device_of(config.common.device)
             self.model = models.load(
                 config.model,
                 config=None,
-                dtype=models.dtype_of(config.model.dtype, device),
-                device=device,
+                dtype=models.dtype_of(config.model.dtype, self.device),
+                device=self.device,
                 seed=config.common.seed,
                 offline=config.common.offline,
             ).eval()
@@ -117,7 +119,8 @@ class Reader:
                 f"{' x '.join(map(str, self.shapes[name]))}",
                 "its weights and its config.json are not of the same model",
             )
-        return weight
+        # decomposed where the model would run
+        return weight.to(self.device)
 
 
 def cached_values(name: str, weight: Tensor) -> Tensor:
@@ -126,13 +129,16 @@ def cached_values(name: str, weight: Tensor) -> Tensor:
     Raises:
         UsageError: the weight holds a value that is not finite.
     """
+    weight = weight.detach()
     # without a temporary of the weight's size
     if not all(map(math.isfinite, map(float, torch.aminmax(weight)))):
         raise UsageError(
             f"{name}.weight holds a value that is not finite", "the model is broken: load a sound copy of it"
         )
-    digest = hashlib.sha256(f"{METHOD} {tuple(weight.shape)} {weight.dtype}".encode())
-    digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    digest = hashlib.sha256(f"{METHOD} {tuple(weight.shape)}".encode())
+    for rows in weight.split(HASHED_ROWS):
+        # the same numbers in 16 bits and in 32 are the same weight
+        digest.update(rows.float().cpu().contiguous().view(torch.uint8).numpy())
 
     def make(folder: Path) -> None:
         save_file({"values": singular_values(weight).cpu()}, folder / "values.safetensors")
@@ -154,6 +160,11 @@ def prepare(config: RunConfig) -> Dump:
     console.quiet_libraries()
     source = locate(config.model, offline=config.common.offline)
     reader = Reader(source, config)
+    if config.spectra.published and len({files.place_of(name) for name in reader.shapes}) < len(reader.shapes):
+        raise UsageError(
+            "--published has one stack of layers, and this model has two whose linears have the same names",
+            "drop it: singular_values.safetensors has every linear by its full name",
+        )
     return Dump(config, reader, text_windows(config, reader, source))
 
 

@@ -37,15 +37,15 @@ def text_of_run(location: str) -> DataConfig | None:
 
 
 def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, needed: bool) -> Any:
-    """The tokenizer beside the weights; None if there is none and nobody needs it."""
+    """The tokenizer beside the weights; None if there is none of this model and nobody needs it."""
     place = source.name if source.gguf else source.location
     try:
         tokenizer = named_tokenizer(place, offline=offline)
+        models.check_vocabulary(model, tokenizer)
     except LowrankError:
         if needed:
             raise
         return None
-    models.check_vocabulary(model, tokenizer)
     return tokenizer
 
 

