@@ -24,13 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_cli import console
+from lowrank_cli.compress.decomposition import HELD, moments_of
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.models.load import load_weights
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import place
 from lowrank_cli.models.targets import select
 from lowrank_cli.svd import calibration, rank_selection
-from lowrank_cli.svd.spectrum import Decomposition, decompose
+from lowrank_cli.svd.shelf import Shelf
+from lowrank_cli.svd.spectrum import DAMPING, Decomposition, decompose
 
 BUDGETS = (0.6, 0.8, 0.9, 0.7)
 REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -78,6 +80,7 @@ class Table:
         self.weights = {name: weight_of(m).detach().clone() for name, m in self.linears.items()}
         self.shapes = {name: shape_of(m) for name, m in self.linears.items()}
         self.found: dict[str, dict[str, Decomposition]] = {}
+        self.calibration = "+".join(path.name for path in given.calibrate)
 
     def tokens(self, path: Path) -> Tensor:
         """The ids of a text."""
@@ -97,6 +100,7 @@ class Table:
                     weight,
                     moments.get(f"{name}|input"),
                     moments.get(f"{name}|output") if weighting == "two-sided" else None,
+                    damping=self.given.damping,
                 )
                 for name, weight in self.weights.items()
             }
@@ -104,11 +108,16 @@ class Table:
 
     def moments(self) -> dict[str, Tensor]:
         """The second moments on the calibration text, from the file if it is there."""
-        path = self.given.out / f"moments-{self.given.calibrate.name}-{self.given.windows}.safetensors"
+        path = self.given.out / f"moments-{self.calibration}-{self.given.windows}.safetensors"
         if not path.is_file():
-            windows = list(calibration.windows_of(self.tokens(self.given.calibrate), 512, self.given.windows))
+            share = self.given.windows // len(self.given.calibrate)
+            texts = [self.tokens(text) for text in self.given.calibrate]
+            windows = [w for ids in texts for w in calibration.windows_of(ids, 512, share)]
             console.note(f"calibrating on {len(windows)} windows")
-            found = calibration.collect(self.model, self.linears, windows, two_sided=True)
+            found: dict[str, calibration.Moments] = {}
+            scratch = Shelf(self.given.out / "scratch", HELD)
+            for moments in moments_of(self.model, self.linears, windows, scratch, True, 0):
+                found |= moments
             tensors = {f"{name}|input": m.input.clone() for name, m in found.items()}
             save_file(tensors | {f"{name}|output": m.output for name, m in found.items()}, path)
         return load_file(path)
@@ -136,9 +145,11 @@ class Table:
 
     def cell(self, row: str, kind: str, target: float, how: tuple) -> None:
         """Measure a cell and append its line."""
-        key = {"row": row, kind: target, "calibration": self.given.calibrate.name, "windows": self.given.windows,
+        key = {"row": row, kind: target, "calibration": self.calibration, "windows": self.given.windows,
                "test": self.given.test.name, "tokens": self.given.tokens}  # fmt: skip
-        if any(key.items() <= json.loads(line).items() for line in self.lines()):
+        if self.given.damping != DAMPING:
+            key["damping"] = self.given.damping
+        if any(key == {k: v for k, v in json.loads(line).items() if k in (*key, "damping")} for line in self.lines()):
             return
         start = time.perf_counter()
         weighting, pifa, rule = how
@@ -186,10 +197,17 @@ def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--calibrate", type=Path, required=True, help=".txt, .gz of text, or .json(.gz) lines")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        required=True,
+        help=".txt, .gz of text, or .json(.gz) lines; in equal parts",
+    )
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, to calibrate on")
+    parser.add_argument("--damping", type=float, default=DAMPING, help="of the moments")
     parser.add_argument("--tokens", type=int, default=30_000, help="to measure on")
     parser.add_argument("--characters", type=int, default=3_000_000, help="read of each text")
     parser.add_argument("--rows", nargs="*", help="only these")

@@ -28,6 +28,7 @@ BENCHES = (
     "velora",
     "vblora",
     "spectra",
+    "welore",
     "end_to_end",
     "evaluation",
 )
