@@ -50,11 +50,16 @@ class Session:
     run: RunDir | None = None
     progress: checkpoint.Progress = field(default_factory=checkpoint.Progress)
     rng: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
 
     def mark(self) -> None:
-        """Remember where data and random generators stand: what a checkpoint of this moment holds."""
+        """Remember where data, random generators and methods stand: what a checkpoint of this moment holds.
+
+        A signal may end the next update between two of its micro-batches, whose forward passes move them on.
+        """
         self.progress.data = self.data.train.state_dict()
         self.rng = checkpoint.rng_state()
+        self.states = self.method_states()
 
     @property
     def adapter(self) -> methods.Method | None:
@@ -82,7 +87,7 @@ class Session:
             model=self.model,
             tokenizer=self.data.tokenizer,
             optimizer=self.optimizer,
-            method_states=self.method_states(),
+            method_states=self.states,
             progress=self.progress,
             rng=self.rng,
             keep=self.config.train.keep,

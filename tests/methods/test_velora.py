@@ -1,6 +1,8 @@
 """VeLoRA: the factored gradient and Adam against reconstruction and dense Adam, and what is really kept."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -187,6 +189,30 @@ def test_resume_is_bit_identical(method, optimizer, lowrank, tiny_flags):
     whole = run(lowrank, "run", flags)
     assert lowrank("pretrain", "--resume", "run/checkpoints/step-000006")[0] == 0
     again = load_file("run/model/model.safetensors")
+    assert all(whole[key].equal(again[key]) for key in whole)
+
+
+def test_a_stop_within_an_update_does_not_move_the_vector_twice(lowrank, tiny_flags, monkeypatch):
+    """The first micro-batch of an update that a signal ends has moved the mean; the run goes on from before it."""
+    from lowrank_cli.train import loop
+
+    flags = [*tiny_flags, *VELORA, "--velora-init", "ema_0.5", "--total-batch-size", 8]
+    whole = run(lowrank, "whole", flags)
+    seen, original = [], loop.Causal.loss
+
+    def watched(self, *args):
+        seen.append(1)
+        if len(seen) == 7:  # the first of two in the fourth update
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Causal, "loss", watched)
+        code, _, err = lowrank("pretrain", *flags, "--out", "stopped")
+    assert code == 130, err
+    assert "after step 3 of 10" in err
+    assert lowrank("pretrain", "--resume", "stopped")[0] == 0
+    again = load_file("stopped/model/model.safetensors")
     assert all(whole[key].equal(again[key]) for key in whole)
 
 
