@@ -143,6 +143,12 @@ def _model_folder(path: Path) -> Path:
         for folder in found:
             if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
                 return folder
+        if len(found) > 1:
+            # an adapter's have no base with them, those of weights that were cut are in parts
+            raise UsageError(
+                f"run {path} has not ended, and its checkpoints are no models by themselves",
+                f"let it end, which writes its model: --resume {path}",
+            )
         raise MissingError(
             f"run {path} has no model and no checkpoint yet",
             "wait for its first checkpoint, or take another run: --model runs/NAME",

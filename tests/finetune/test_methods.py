@@ -116,6 +116,15 @@ def test_a_resumed_adapter_wants_the_same_base(lowrank, flags, base, tmp_path):
     assert "the base model's weights are not those that the run began with" in err
 
 
+def test_an_adapters_run_that_has_not_ended_is_no_model_yet(lowrank, flags):
+    finetune(lowrank, "lora", flags, *FEW, "--out", "run")
+    shutil.rmtree("run/model")
+    code, _, err = lowrank("finetune", "--method", "lora", "--model", "run", *flags[2:])
+    assert code == 2, err
+    assert "has not ended" in err
+    assert "--resume run" in err
+
+
 def test_galore_on_a_lora_projects_its_factors(lowrank, flags):
     finetune(lowrank, "lora+galore", flags, *FEW, "--out", "run")
     rows = json.loads(Path("run/targets.json").read_text())
