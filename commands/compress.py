@@ -30,15 +30,18 @@ def compress(given: dict[str, Any], method_given: dict[str, dict[str, Any]], cal
         print(to_yaml(resolved), end="")
         return
     RunDir.check(call.out)
-    from lowrank_cli.compress import pipeline, report
-
-    job = pipeline.prepare(resolved, reading=not call.dry_run)
     if call.dry_run:
-        rows = [[name, f"{m} x {n}"] for name, (m, n) in job.shapes.items()]
-        console.table("What would be compressed", ["linear", "shape"], rows)
+        from lowrank_cli.compress.plan import plan
+
+        planned = plan(resolved)
+        planned.show()
         if call.json:
-            print(json.dumps({"linears": job.shapes}))
+            print(json.dumps(planned.record()))
         return
+    from lowrank_cli.compress import pipeline, report
+    from lowrank_cli.compress.preparation import prepare
+
+    job = prepare(resolved)
     folder = RunDir.create(call.out, f"compress-{resolved.method}")
     (folder.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
     result = recorded(folder, resolved, lambda: pipeline.run(job, folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,24 +27,26 @@ class Store:
     Args:
         folder: for what does not fit in memory.
         budget: bytes held in memory, of decompositions and of what calibration keeps meanwhile.
+    Attributes:
+        values: the singular values, by name.
     """
 
     def __init__(self, folder: Path, budget: int = HELD):
         self.shelf = Shelf(folder, budget)
+        self.values: dict[str, Tensor] = {}
         self.sides: dict[str, str] = {}
 
     def put(self, name: str, found: Decomposition) -> None:
         """Keep one."""
-        self.sides[name] = found.side
-        tensors = {"values": found.values, "basis": found.basis}
+        self.values[name], self.sides[name] = found.values.cpu(), found.side
+        tensors = {"basis": found.basis}
         self.shelf.put(name, tensors if found.dual is found.basis else {**tensors, "dual": found.dual})
 
     def get(self, name: str) -> Decomposition:
         """The one of a linear."""
         tensors = self.shelf.get(name)
-        return Decomposition(
-            tensors["values"], tensors["basis"], tensors.get("dual", tensors["basis"]), self.sides[name]
-        )
+        basis = tensors["basis"]
+        return Decomposition(self.values[name].to(basis.device), basis, tensors.get("dual", basis), self.sides[name])
 
 
 @dataclass
@@ -110,58 +112,50 @@ def decompose_all(
     linears: Mapping[str, nn.Module],
     store: Store,
     *,
-    windows: Iterable[Tensor] = (),
-    weighting: str = "none",
+    windows: Sequence[Tensor],
+    two_sided: bool,
     damping: float,
+    largest: Callable[[str], int],
     seed: int = 0,
 ) -> None:
-    """Decompose every linear into the store; with weighting, after collecting moments, a layer after the other.
+    """Decompose every linear into the store, weighted by text: as a whole if its moments fit, else layer by layer.
 
     Args:
         model: the model that the linears are of.
         linears: by name.
         store: takes them.
         windows: of calibration text, (B, T) each.
-        weighting: "none", "input" or "two-sided".
+        two_sided: by the gradients at the outputs too.
         damping: see `svd.spectrum.decompose`.
+        largest: of a linear, the largest rank that it could be factored at: directions after it are not kept.
         seed: of the labels drawn for two-sided weighting.
     """
 
-    def keep(name: str, moments: calibration.Moments) -> None:
-        weight = weight_of(linears[name])
-        store.put(name, decompose(weight, moments.input, moments.output, damping=damping))
+    def keep(moments: dict[str, calibration.Moments]) -> None:
+        # a linear's moments are freed once it is decomposed
+        name, own = moments.popitem()
+        found = decompose(weight_of(linears[name]), own.input, own.output, damping=damping)
+        store.put(name, found.first(largest(name)))
 
-    if weighting == "none":
-        with progress("decomposing", len(linears)) as advance:
-            for name in linears:
-                keep(name, calibration.Moments())
-                advance()
-        return
-    for moments in moments_of(model, linears, list(windows), store.shelf, weighting == "two-sided", seed):
-        while moments:
-            # a linear's moments are freed once it is decomposed
-            keep(*moments.popitem())
-
-
-def moments_of(
-    model: nn.Module, linears: Mapping[str, nn.Module], windows: list[Tensor], shelf: Shelf, two_sided: bool, seed: int
-) -> Iterator[dict[str, calibration.Moments]]:
-    """The moments of some linears after others': layer by layer, or where layers are no chain in groups that fit."""
-    chain = layerwise.chain_of(model)
+    groups = calibration.groups({name: shape_of(m) for name, m in linears.items()}, HELD, two_sided)
+    chain = layerwise.chain_of(model) if len(groups) > 1 else None
     by_layer = layerwise.of_layers(chain, linears) if chain else None
     if chain and by_layer:
-        passing = layerwise.LayerMoments(chain, by_layer, windows, two_sided=two_sided, shelf=shelf, seed=seed)
-        with progress("passing text through the layers", len(windows) * len(by_layer)) as advance:
+        passing = layerwise.LayerMoments(chain, by_layer, windows, two_sided=two_sided, shelf=store.shelf, seed=seed)
+        with progress("passing text through the layers", len(windows)) as advance:
             passing.forward(advance)
         with progress("calibrating and decomposing layers", sum(map(bool, by_layer))) as advance:
             for moments in passing.moments():
-                yield moments
+                while moments:
+                    keep(moments)
                 advance()
         return
-    shapes = {name: shape_of(module) for name, module in linears.items()}
-    groups = calibration.groups(shapes, HELD, two_sided)
     for number, names in enumerate(groups, 1):
+        part = f", group {number} of {len(groups)}" if len(groups) > 1 else ""
         chosen = {name: linears[name] for name in names}
-        with progress(f"calibrating group {number} of {len(groups)}", len(windows)) as advance:
+        with progress(f"calibrating{part}", len(windows)) as advance:
             moments = calibration.collect(model, chosen, windows, two_sided=two_sided, seed=seed, advance=advance)
-        yield moments
+        with progress(f"decomposing{part}", len(moments)) as advance:
+            while moments:
+                keep(moments)
+                advance()

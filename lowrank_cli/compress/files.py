@@ -1,25 +1,40 @@
-"""Files of singular values: ours, and the layout that WeLore's authors published."""
+"""Files of weights to read, and of singular values: ours, and the layout that WeLore's authors published."""
 
 from __future__ import annotations
 
 import csv
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_cli.compress.pictures import place_of
-from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.errors import LowrankError, MissingError, UsageError
 from lowrank_cli.svd.spectrum import effective_rank
 
 VALUES = "singular_values.safetensors"
 PUBLISHED = "singular_values.pt"
 COLUMNS = ("name", "layer", "kind", "out", "in", "rank", "largest", "smallest", "effective_rank", "rank_of_90_percent")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file of a model, open to read.
+
+    Raises:
+        LowrankError: it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise LowrankError(f"{path} is damaged: {' '.join(str(error).split())}", "copy or save it again") from None
 
 
 def write_spectra(

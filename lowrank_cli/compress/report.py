@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from lowrank_cli import console
 from lowrank_cli.compress.decomposition import Targets
+from lowrank_cli.errors import UsageError
 from lowrank_cli.methods import Method
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
 
+# share of the singular values that a rule may miss its target by before a word is said
+MISSED = 0.005
 COLUMNS = ("name", "out", "in", "rank", "full_rank", "role", "parameters_before", "parameters_after", "error", "why")
 
 
@@ -38,14 +42,41 @@ def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> l
 
 def about(part: Method, plain: Spectra, ranks: Ranks) -> dict[str, Any]:
     """What the ranks come to."""
+    reached, goal = part.reached(plain, ranks)
     return {
         "allocation": part.allocation,
         "target": part.target,
+        "target_share": goal,
+        "reached_share": reached,
         "rank_reduction": plain.rank_reduction(ranks),
         "linear_parameter_share": plain.parameter_share(ranks),
         "low_rank_components": sum(rank is not None for rank in ranks.values()),
         "linears": len(ranks),
     }
+
+
+def check(part: Method, spectra: Spectra, ranks: Ranks) -> None:
+    """Say how far ranks are from the target, if they are.
+
+    Raises:
+        UsageError: more parameters than the budget allows, or nothing was cut though something was to be.
+    """
+    reached, goal = part.reached(spectra, ranks)
+    budget = part.config.rank is None
+    if budget and reached > goal + 1e-9:
+        raise UsageError(
+            f"no ranks of the rule {part.allocation} keep only {100 * goal:g} % of the parameters: "
+            f"they come to {100 * reached:.1f} %",
+            f"take a budget of at least {math.ceil(1000 * reached) / 1000:g}",
+        )
+    asked = goal < 1 if budget else goal > 0
+    if asked and all(rank is None for rank in ranks.values()):
+        raise UsageError(
+            f"at {part.target} the rule {part.allocation} leaves every linear as it is: low-rank, it would be larger",
+            "cut more, or take --welore-param-budget 0.8, or --welore-pifa, whose form is smaller at every rank",
+        )
+    if not budget and abs(reached - goal) > MISSED:
+        console.warn(f"{100 * reached:.1f} % instead of {part.target}: the rule {part.allocation} comes no nearer")
 
 
 def details(result: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +129,7 @@ def summary(result: dict[str, Any]) -> str:
     """The result as a few lines for people."""
     before, after = result["parameters_before"], result["parameters_after"]
     parts = [f"{console.human_count(before)} -> {console.human_count(after)} parameters"]
+    sizes = " -> ".join(console.human_bytes(result[key]) for key in ("bytes_before", "bytes_after"))
     if "linear_parameter_share" in result:
         parts[0] += (
             f" ({100 * result['linear_parameter_share']:.1f} % of the linears', "
@@ -110,4 +142,4 @@ def summary(result: dict[str, Any]) -> str:
             f"({result['evaluation_text']}, {result['evaluated_tokens_after']:,} tokens)",
             f"{result['tokens_per_second_before']:,.0f} -> {result['tokens_per_second_after']:,.0f} tokens/s forward",
         ]
-    return "\n".join([*parts, f"model: {result['model']}"])
+    return "\n".join([*parts, f"model: {sizes}: {result['model']}"])

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from lowrank_cli.compress import report
 from lowrank_cli.compress.decomposition import Targets
+from lowrank_cli.compress.files import opened
 from lowrank_cli.compress.pictures import place_of
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.svd_dump import Reader, cached_values
@@ -81,6 +81,7 @@ def run(job: Streamed, folder: RunDir) -> dict[str, Any]:
     own = Spectra(job.values, **form)
     plain = Spectra(job.given, **form) if job.given else own
     ranks = job.part.ranks(plain, own)
+    report.check(job.part, plain, ranks)
     rows = report.rows(Targets({}, {}), ranks, plain, own)
     result = {
         "method": job.config.method, "run": str(folder.path), "model": str(folder.model), "weighting": "none",
@@ -91,6 +92,7 @@ def run(job: Streamed, folder: RunDir) -> dict[str, Any]:
     kind = "pifa" if settings.pifa else "factored"
     sizes = commit(folder.path, lambda path: write(reader, ranks, kind, path, config, details), folder.model)
     result["parameters_before"], result["parameters_after"] = sizes
+    result["bytes_before"] = sum(path.stat().st_size for path in set(reader.files.values()))
     result["bytes_after"] = sum(p.stat().st_size for p in folder.model.glob("*.safetensors"))
     report.write(folder, rows, result, plots=job.config.compress.plots)
     return result
@@ -124,7 +126,7 @@ def write(
 
     with progress("factoring", len(keys)) as advance:
         for key in keys:
-            with safe_open(reader.files[key], "pt") as file:
+            with opened(reader.files[key]) as file:
                 tensor = file.get_tensor(key)
             before += tensor.numel()
             for name, value in compressed(reader, ranks, form, key, tensor):
@@ -170,7 +172,7 @@ def compressed(reader: Reader, ranks: Ranks, form: str, key: str, tensor: Tensor
     weight = reader[name]
     bias = None
     if f"{name}.bias" in reader.files:
-        with safe_open(reader.files[f"{name}.bias"], "pt") as file:
+        with opened(reader.files[f"{name}.bias"]) as file:
             bias = file.get_tensor(f"{name}.bias")
     m, n = weight.shape
     layer = FORMS[form](n, m, rank, bias is not None, dtype=tensor.dtype)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
@@ -25,7 +24,7 @@ from lowrank_cli import console
 from lowrank_cli.compress import files
 from lowrank_cli.compress.decomposition import find_targets
 from lowrank_cli.compress.progress import progress
-from lowrank_cli.compress.text import text_of_run, tokenizer_for, windows
+from lowrank_cli.compress.text import check_length, text_of_run, tokenizer_for, windows
 from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.data.cache import cached_folder
 from lowrank_cli.errors import MissingError, UsageError
@@ -47,9 +46,11 @@ class Reader:
     Args:
         source: where the model is.
         config: the run's settings.
+        loading: whether a model whose files cannot be read by its linears' names is loaded as a whole; without, it
+            is left at no `files`.
     """
 
-    def __init__(self, source: Source, config: RunConfig):
+    def __init__(self, source: Source, config: RunConfig, *, loading: bool = True):
         self.config = config
         self.device = models.device_of(config.common.device)
         self.model: nn.Module | None = None
@@ -62,7 +63,9 @@ class Reader:
                 self.shapes = {name: shape_of(module) for name, module in linears.items()}
                 self.transposed = {name for name, m in linears.items() if not hasattr(m, "out_features")}
                 return
-        self.load()
+        self.files = {}
+        if loading:
+            self.load()
 
     def skeletons(self) -> Iterator[nn.Module]:
         """The language model of the configuration, and the model without a head, such as a plain BERT; on meta."""
@@ -103,14 +106,14 @@ class Reader:
         else:
             names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
         for path in (folder / name for name in names):
-            with safe_open(path, "pt") as file:
+            with files.opened(path) as file:
                 found |= dict.fromkeys(file.keys(), path)
         return found
 
     def __getitem__(self, name: str) -> Tensor:
         if not self.files:
             return weight_of(self.linears[name]).detach()
-        with safe_open(self.files[f"{name}.weight"], "pt") as file:
+        with files.opened(self.files[f"{name}.weight"]) as file:
             weight = file.get_tensor(f"{name}.weight")
         weight = weight.mT if name in self.transposed else weight
         if tuple(weight.shape) != self.shapes[name]:
@@ -211,7 +214,9 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
     offline = config.common.offline
     own = None if config.spectra.dataset else text_of_run(source.location)
     text = own or DataConfig(**({"dataset": config.spectra.dataset} if config.spectra.dataset else {}))
-    tokenizer = tokenizer_for(source, reader.load(), offline, needed=True)
+    model = reader.load()
+    tokenizer = tokenizer_for(source, model, offline, needed=True)
+    check_length(model, config.spectra.max_length)
     return windows(
         text, "train", tokenizer, length=config.spectra.max_length, count=config.spectra.gradients, offline=offline,
         flag="--dataset", whole=own is None,

@@ -49,6 +49,16 @@ def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, need
     return tokenizer
 
 
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise UsageError for windows that are longer than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise UsageError(
+            f"windows of {length} tokens are too long for a model of {positions} positions",
+            f"add --max-length {positions}",
+        )
+
+
 def windows(
     text: DataConfig, part: str, tokenizer, *, length: int, count: int, offline: bool, flag: str, whole: bool
 ) -> list[Tensor]:

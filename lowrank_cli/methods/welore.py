@@ -12,7 +12,7 @@ dense model does not survive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from lowrank_cli.config import option
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 # kept of the linears' parameters where neither a rank nor a budget is given
 DEFAULT_BUDGET = 0.8
+# settings that only a compression reads
+COMPRESSING = (
+    "rank", "param_budget", "allocation", "counting", "min_ratio", "calibrate", "samples", "weighting", "damping",
+    "pifa", "paper",
+)  # fmt: skip
 
 
 class WeLore(Method):
@@ -81,27 +86,36 @@ class WeLore(Method):
 
     def check(self, run: RunConfig) -> None:
         config = self.config
+        if run.command != "compress":
+            self.refuse(set(COMPRESSING), "of lowrank compress, and this command trains what it made", "drop it")
+            return
+        self.refuse({"train_norms"}, "of lowrank finetune", "drop it")
         if config.rank is not None and config.param_budget is not None:
             raise UsageError("--welore-rank and --welore-param-budget both say how much to cut", "drop one of them")
         if config.paper:
-            for flag, wrong in (
-                ("--welore-param-budget", config.param_budget is not None),
-                ("--welore-pifa", config.pifa),
-                (f"--welore-allocation {config.allocation}", config.allocation not in (None, "welore")),
-            ):
-                if wrong:
-                    raise UsageError(f"{flag} is not in the paper", "drop it, or drop --welore-paper")
-            if config.rank is None and run.command == "compress":
+            wrong = {"param_budget", "pifa", "calibrate"}
+            wrong |= {"allocation"} if config.allocation != "welore" else set()
+            wrong |= {"weighting"} if config.weighting != "none" else set()
+            self.refuse(wrong, "not in the paper", "drop it, or drop --welore-paper")
+            if config.rank is None:
                 raise UsageError("--welore-paper needs a rank reduction", "add --welore-rank 50")
         if config.counting == "all" and (config.rank is None or self.allocation != "welore"):
             raise UsageError(
                 "--welore-counting all is a way to count for the rule welore with a rank",
                 "add --welore-rank 50, without another --welore-allocation",
             )
-        if config.weighting == "none" and config.calibrate is not None:
-            raise UsageError(
-                "--welore-weighting none uses no text, and --welore-calibrate gives one", "drop one of them"
-            )
+        if self.allocation != "welore":
+            self.refuse({"min_ratio"}, f"of the rule welore, and this one is {self.allocation}", "drop it")
+        if config.paper or config.weighting == "none":
+            self.refuse({"calibrate", "samples", "damping"}, "of weighting by text, and there is none", "drop it")
+
+    def refuse(self, names: set[str], why: str, hint: str) -> None:
+        """Raises UsageError for the first of these settings that is not at its default: it would have no effect."""
+        for name in names & {f.name for f in fields(self.config)}:
+            value = getattr(self.config, name)
+            if value != getattr(type(self.config)(), name):
+                shown = f" {value}" if isinstance(value, str) else ""
+                raise UsageError(f"--welore-{name.replace('_', '-')}{shown} is {why}", hint)
 
     @property
     def allocation(self) -> str:
@@ -120,6 +134,27 @@ class WeLore(Method):
     def budget(self) -> float:
         """Share of the linears' parameters to keep, where no rank is given."""
         return self.config.param_budget if self.config.param_budget is not None else DEFAULT_BUDGET
+
+    @property
+    def reads_own_values(self) -> bool:
+        """Whether the rule reads the weights' own singular values; the others read the weighted ones, or shapes."""
+        return self.allocation == "welore"
+
+    def reached(self, spectra: Spectra, ranks: Ranks) -> tuple[float, float]:
+        """What these ranks come to and what was asked for, in the unit of the target: a share between 0 and 1.
+
+        Args:
+            spectra: the weights' own, if the rule reads them.
+            ranks: as `ranks` gave them.
+        """
+        from lowrank_cli.svd import rank_selection as select
+
+        if self.config.rank is None:
+            return spectra.parameter_share(ranks), self.budget
+        target = self.config.rank / 100
+        if self.config.counting == "all":
+            return select.pooled_reduction(spectra, select.pooled_threshold(spectra, target)), target
+        return spectra.rank_reduction(ranks), target
 
     def ranks(self, plain: Spectra, weighted: Spectra) -> Ranks:
         """The rank of every weight; None leaves it dense.

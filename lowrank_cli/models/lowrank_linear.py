@@ -29,6 +29,7 @@ class LowRankLinear(nn.Module):
     """
 
     form = "factored"
+    was_conv1d = False
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, *, device=None, dtype=None):
         super().__init__()
@@ -75,6 +76,7 @@ class PivotLinear(nn.Module):
     """
 
     form = "pifa"
+    was_conv1d = False
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, *, device=None, dtype=None):
         super().__init__()
@@ -153,7 +155,10 @@ def pivot_rows(first: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def replace_linear(model: nn.Module, name: str, rank: int, form: str, *, device=None, dtype=None) -> nn.Module:
-    """Put an uninitialised low-rank linear in the place of a module's linear (or of GPT-2's Conv1D); returns it."""
+    """Put an uninitialised low-rank linear in the place of a module's linear (or of GPT-2's Conv1D); returns it.
+
+    It remembers in `was_conv1d` what it stands for, so that `densify` puts back what the architecture has.
+    """
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
     out_features, in_features = shape_of(old)
@@ -165,6 +170,7 @@ def replace_linear(model: nn.Module, name: str, rank: int, form: str, *, device=
         device=device or old.weight.device,
         dtype=dtype or old.weight.dtype,
     )
+    new.was_conv1d = not hasattr(old, "out_features")
     setattr(model.get_submodule(parent), leaf, new)
     return new
 

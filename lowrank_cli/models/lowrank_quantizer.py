@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,16 +28,14 @@ def densify(model: nn.Module) -> None:
     for name, module in low_rank_linears(model).items():
         parent, _, leaf = name.rpartition(".")
         weight, bias = module.weight, module.bias
-        # a Conv1D comes back as what its architecture has
-        plain = nn.utils.skip_init(
-            nn.Linear, module.in_features, module.out_features, bias=bias is not None, dtype=weight.dtype,
-            device=weight.device
-        )  # fmt: skip
-        if model.config.model_type in ("gpt2", "imagegpt"):
-            from transformers.pytorch_utils import Conv1D
-
+        if module.was_conv1d:
             plain = Conv1D(module.out_features, module.in_features).to(weight)
             weight = weight.mT
+        else:
+            plain = nn.utils.skip_init(
+                nn.Linear, module.in_features, module.out_features, bias=bias is not None, dtype=weight.dtype,
+                device=weight.device
+            )  # fmt: skip
         plain.weight.copy_(weight)
         if bias is not None:
             plain.bias.copy_(bias)

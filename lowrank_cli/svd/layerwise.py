@@ -8,8 +8,11 @@ kept instead (tokens x width, a fraction of that), and the gradient at every lay
     head         labels are drawn from the logits of h_L, and give the gradient g_L at h_L
     backward     for the last layer first: layer_l(h_l) again, watched; backward from g_l+1 gives g_l
 
+One-sided moments need no way back: each layer passes its inputs on, watched, and only one layer's are kept.
+
 It needs a model whose layers pass on one tensor and nothing else that depends on it, which `chain_of` finds out by
-watching one pass. What layers are given besides (masks, rotary angles) is what the model itself gives them.
+watching one pass, and whose logits come of the last one's. What layers are given besides (masks, rotary angles) is
+what the model itself gives them.
 """
 
 from __future__ import annotations
@@ -42,12 +45,12 @@ class Chain:
     Attributes:
         model: all of it.
         layers: in their order.
-        tuples: whether each returns its tensor in a tuple.
+        tails: what each returns beside its tensor, which nobody reads; None where it returns the tensor alone.
     """
 
     model: nn.Module
     layers: list[nn.Module]
-    tuples: list[bool]
+    tails: list[tuple | None]
 
     @contextmanager
     def replaced(self, stand_in: Callable[[int, Tensor, tuple, dict], Tensor]) -> Iterator[None]:
@@ -57,7 +60,7 @@ class Chain:
             def forward(*args, **kwargs):
                 hidden, args, kwargs = split(args, kwargs)
                 out = stand_in(index, hidden, args, kwargs)
-                return (out,) if self.tuples[index] else out
+                return out if self.tails[index] is None else (out, *self.tails[index])
 
             layer.forward = forward
 
@@ -72,7 +75,7 @@ class Chain:
     def apply(self, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """One layer."""
         out = self.layers[index](hidden, *args, **kwargs)
-        return out[0] if self.tuples[index] else out
+        return out if self.tails[index] is None else out[0]
 
     def inputs(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
         """What the first layer gets for (B, T) token ids, and what each one gets besides the tensor before it."""
@@ -107,7 +110,7 @@ def chain_of(model: nn.Module) -> Chain | None:
     """The model as a chain of layers, or None if it is not one.
 
     One pass over a few tokens is watched: each layer is called once, in order, with the very tensor that the one
-    before returned, and is given nothing else that depends on it.
+    before returned, and is given nothing else that depends on it. Layer by layer the logits are then the same.
     """
     layers = layers_of(model)
     if not layers or getattr(model.config, "is_encoder_decoder", False):
@@ -115,34 +118,51 @@ def chain_of(model: nn.Module) -> Chain | None:
     calls: list[tuple[nn.Module, Any, tuple, dict, Any]] = []
 
     def watch(layer: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        try:
-            calls.append((layer, *split(args, kwargs), out))
-        except KeyError:
-            calls.append((layer, None, (), {}, out))
+        # a layer that gets its tensor by another name is no link of a chain
+        given = split(args, kwargs) if args or "hidden_states" in kwargs else (None, (), {})
+        calls.append((layer, *given, out))
 
     handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
+    ids = torch.arange(PROBE, device=next(model.parameters()).device)[None] % model.config.vocab_size
     try:
         with frozen(model), torch.enable_grad():
-            ids = torch.arange(PROBE, device=next(model.parameters()).device)[None] % model.config.vocab_size
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-            model(inputs_embeds=embedded, use_cache=False)
+            expected = model(inputs_embeds=embedded, use_cache=False).logits.detach()
     finally:
         for handle in handles:
             handle.remove()
-    if [layer for layer, *_ in calls] != layers:
+    tails = linked(calls) if [layer for layer, *_ in calls] == layers else None
+    if tails is None:
         return None
-    before = None
-    tuples = []
+    chain = Chain(model, layers, tails)
+    with frozen(model), torch.no_grad():
+        hidden, arguments = chain.inputs(ids)
+        for index, (args, kwargs) in enumerate(arguments):
+            hidden = chain.apply(index, hidden, args, kwargs)
+        found = chain.logits(ids, hidden)
+    scale = float(expected.abs().max())
+    return chain if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * scale) else None
+
+
+def linked(calls: list[tuple[nn.Module, Any, tuple, dict, Any]]) -> list[tuple | None] | None:
+    """What layers returned beside their tensors, if each call got the tensor of the one before and nothing more of it.
+
+    Args:
+        calls: layer, tensor, other arguments and output of each, in order.
+    """
+    before, tails = None, []
+    seen: list[Tensor] = []
     for _, hidden, args, kwargs, out in calls:
         others = [x for x in nested([args, kwargs]) if isinstance(x, Tensor)]
-        is_tuple = isinstance(out, tuple)
-        if (before is not None and hidden is not before) or any(x.requires_grad for x in others):
+        tail = out[1:] if isinstance(out, tuple) else None
+        if not isinstance(hidden, Tensor) or (before is not None and hidden is not before):
             return None
-        if not isinstance(hidden, Tensor) or (is_tuple and len(out) != 1):
+        if any(x.requires_grad or any(x is t for t in seen) for x in others):
             return None
-        before = out[0] if is_tuple else out
-        tuples.append(is_tuple)
-    return Chain(model, layers, tuples)
+        before = out if tail is None else out[0]
+        seen += [x for x in nested(list(tail or ())) if isinstance(x, Tensor)]
+        tails.append(tail)
+    return tails
 
 
 def nested(value: Any) -> Iterator[Any]:
@@ -190,24 +210,26 @@ class LayerMoments:
         self.windows = [ids.to(device) for ids in windows]
         self.tokens = sum(ids.numel() for ids in self.windows)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.arguments: list[list[tuple[tuple, dict]]] = []
 
+    @torch.no_grad()
     def forward(self, advance: Callable[[], None] = lambda: None) -> None:
-        """Pass the text through the layers and keep their inputs; `advance` is called after every layer and window."""
-        with frozen(self.chain.model), torch.no_grad():
+        """Pass the text to where `moments` begins; `advance` is called after every window.
+
+        Two-sided, that is the last layer's output and the loss, and all layers' inputs are kept; else the embeddings.
+        """
+        with frozen(self.chain.model):
             for w, ids in enumerate(self.windows):
                 hidden, arguments = self.chain.inputs(ids)
-                self.arguments.append(arguments)
-                for index, (args, kwargs) in enumerate(arguments):
-                    self.shelf.put(key(index, w), {"hidden": hidden})
-                    if self.two_sided or index < len(arguments) - 1:
-                        hidden = self.chain.apply(index, hidden, args, kwargs)
-                    advance()
                 if self.two_sided:
-                    self.shelf.put(key("gradient", w), {"hidden": self.head(ids, hidden)})
+                    for index, (args, kwargs) in enumerate(arguments):
+                        self.shelf.put(key(index, w), {"hidden": hidden})
+                        hidden = self.chain.apply(index, hidden, args, kwargs)
+                    hidden = self.gradient(ids, hidden)
+                self.shelf.put(key("passing", w), {"hidden": hidden})
+                advance()
 
-    def head(self, ids: Tensor, last: Tensor) -> Tensor:
-        """The gradient of the loss at the last layer's output, for labels that the model draws."""
+    def gradient(self, ids: Tensor, last: Tensor) -> Tensor:
+        """Of the loss at the last layer's output, for labels that the model draws."""
         with torch.enable_grad():
             last = last.detach().requires_grad_()
             logits = self.chain.logits(ids, last)[:, :-1].flatten(0, 1).float()  # (N, V)
@@ -217,31 +239,36 @@ class LayerMoments:
         return last.grad
 
     def moments(self) -> Iterator[dict[str, Moments]]:
-        """After `forward`: the moments of each layer that has linears, the last layer first."""
-        for index in reversed(range(len(self.chain.layers))):
+        """After `forward`: the moments of each layer that has linears; two-sided, the last layer first."""
+        order = range(len(self.chain.layers))
+        for index in reversed(order) if self.two_sided else order:
             found = {name: Moments() for name in self.linears[index]}
             owners: dict[str, str] = {}
             with watching(self.linears[index], found, owners, self.two_sided), frozen(self.chain.model):
                 for w in range(len(self.windows)):
-                    self.again(index, w)
+                    self.step(index, w)
             if found:
                 yield finished(found, owners, self.tokens, self.two_sided)
+        for w in range(len(self.windows)):
+            self.shelf.pop(key("passing", w))
 
-    def again(self, index: int, w: int) -> None:
-        """A layer's forward pass over a window once more, and its backward one, for the gradient at its input."""
-        hidden = self.shelf.pop(key(index, w))["hidden"]
-        args, kwargs = self.arguments[w][index]
+    def step(self, index: int, w: int) -> None:
+        """What is passed through a layer, one window of it: its inputs on, or the gradients at its outputs back."""
+        # made anew each time: masks of all windows would be held for long
+        args, kwargs = self.chain.inputs(self.windows[w])[1][index]
+        passing = self.shelf.pop(key("passing", w))["hidden"]
         if not self.two_sided:
             with torch.no_grad():
-                self.chain.apply(index, hidden, args, kwargs)
-            return
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
-            out = self.chain.apply(index, hidden, args, kwargs)
-            out.backward(self.shelf.pop(key("gradient", w))["hidden"])
-        self.shelf.put(key("gradient", w), {"hidden": hidden.grad})
+                passed = self.chain.apply(index, passing, args, kwargs)
+        else:
+            hidden = self.shelf.pop(key(index, w))["hidden"]
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                self.chain.apply(index, hidden, args, kwargs).backward(passing)
+            passed = hidden.grad
+        self.shelf.put(key("passing", w), {"hidden": passed})
 
 
 def key(what: int | str, window: int) -> str:
-    """Of a layer's input, or of the gradient that travels back, on the shelf."""
+    """Of a layer's input, or of what is passed from layer to layer, on the shelf."""
     return f"{what}-{window}"

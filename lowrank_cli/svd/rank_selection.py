@@ -65,6 +65,14 @@ class Spectra:
         dense = sum(m * n for m, n in self.shapes.values())
         return sum(self.parameters(name, rank) for name, rank in ranks.items()) / dense
 
+    def least_share(self) -> float:
+        """The parameter share of every weight at rank 1, where that makes it smaller."""
+        return self.parameter_share({name: 1 if self.fits(name, 1) else None for name in self.shapes})
+
+    def largest_rank(self, name: str) -> int:
+        """The largest rank that a weight may be factored at; 0 if none."""
+        return max((r for r in range(1, min(self.shapes[name]) + 1) if self.fits(name, r)), default=0)
+
     def rank_reduction(self, ranks: Ranks) -> float:
         """Share of all singular values that the factored weights have lost."""
         return num_cut(self, ranks) / sum(v.numel() for v in self.values.values())
@@ -97,6 +105,11 @@ def pooled_reduction(spectra: Spectra, threshold: float) -> float:
     return below / sum(n.numel() for n in spectra.normalised.values())
 
 
+def pooled_threshold(spectra: Spectra, target: float) -> float:
+    """The least threshold that the target share of all normalised singular values is below."""
+    return bisect(lambda threshold: pooled_reduction(spectra, threshold), target)[1]
+
+
 def welore(
     spectra: Spectra, target: float, *, min_ratio: float = 0.5, counting: str = "factored", paper: bool = False
 ) -> Ranks:
@@ -122,14 +135,13 @@ def welore(
             return pooled_reduction(spectra, threshold)
         return spectra.rank_reduction(below_threshold(spectra, threshold, min_ratio))
 
+    if counting == "all" and not paper:
+        return below_threshold(spectra, pooled_threshold(spectra, target), min_ratio)
     if paper:
         grid = (i * PAPER_STEP for i in range(round(1 / PAPER_STEP) + 1))
         threshold = next((k for k in grid if reduction(k) >= target), 1.0)
         return below_threshold(spectra, threshold, min_ratio)
     under, over = bisect(reduction, target)
-    ranks = below_threshold(spectra, under, min_ratio)
-    if counting == "all":
-        return ranks
     cut = round(target * sum(v.numel() for v in spectra.values.values()))
     fewer, more = (below_threshold(spectra, threshold, min_ratio) for threshold in (under, over))
     reached = [cut_more(spectra, fewer, cut), give_back(spectra, more, cut, min_ratio)]
@@ -188,6 +200,8 @@ def give_back(spectra: Spectra, ranks: Ranks, count: int, min_ratio: float) -> R
 
 def welore_for_parameters(spectra: Spectra, share: float, *, min_ratio: float = 0.5) -> Ranks:
     """WeLore's rule at the least threshold whose parameter share is within the given one."""
+    if share >= 1:
+        return dict.fromkeys(spectra.values)
     _, over = bisect(lambda k: 1 - spectra.parameter_share(below_threshold(spectra, k, min_ratio)), 1 - share)
     return below_threshold(spectra, over, min_ratio)
 

@@ -1,4 +1,4 @@
-"""Tensors by key: in memory up to a budget, then in files of a folder."""
+"""Tensors by key: in the host's memory up to a budget, then in files of a folder."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ class Shelf:
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keep some tensors under a key that is free."""
+        self.devices[key] = next(iter(tensors.values())).device
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         size = sum(t.nbytes for t in tensors.values())
         if size <= self.budget:
             self.budget -= size
             self.held[key] = tensors
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.devices[key] = next(iter(tensors.values())).device
-        save_file({name: t.contiguous() for name, t in tensors.items()}, self._path(key))
+        save_file(tensors, self._path(key))
 
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors of a key, on the device that they came from."""
+        device = self.devices[key]
         if key in self.held:
-            return self.held[key]
-        return load_file(self._path(key), device=str(self.devices[key]))
+            return {name: t.to(device) for name, t in self.held[key].items()}
+        return load_file(self._path(key), device=str(device))
 
     def pop(self, key: str) -> dict[str, Tensor]:
         """The same, and the room is free again."""
@@ -49,7 +51,7 @@ class Shelf:
         else:
             # what was read stays valid: the file goes when nothing maps it any more
             self._path(key).unlink()
-            del self.devices[key]
+        del self.devices[key]
         return tensors
 
     def _path(self, key: str) -> Path:

@@ -40,8 +40,8 @@ class Decomposition:
 
     Attributes:
         values: (k,) float64, descending; singular values of the weighted matrix.
-        basis: (k, k), column i belongs to value i.
-        dual: (k, k), `dual.T @ basis` is the identity; the same as `basis` where nothing is weighted.
+        basis: (k, k), or its first columns; column i belongs to value i.
+        dual: likewise, `dual.T @ basis` is the identity; the same as `basis` where nothing is weighted.
         side: "left": W_r = basis_r dual_r^T W; "right": W_r = W dual_r basis_r^T.
     """
 
@@ -49,6 +49,12 @@ class Decomposition:
     basis: Tensor
     dual: Tensor
     side: str
+
+    def first(self, columns: int) -> Decomposition:
+        """All values, and the bases for ranks up to `columns` only."""
+        basis = self.basis[:, :columns].contiguous()
+        dual = basis if self.dual is self.basis else self.dual[:, :columns].contiguous()
+        return Decomposition(self.values, basis, dual, self.side)
 
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The factors of the best weight of a rank: W_r = first @ second, of equal norms direction by direction.
@@ -61,8 +67,8 @@ class Decomposition:
         Returns:
             (m, r) and (r, n), float32.
         """
-        if not 1 <= rank <= self.values.numel():
-            raise ValueError(f"rank {rank} of a weight with {self.values.numel()} singular values")
+        if not 1 <= rank <= self.basis.shape[1]:
+            raise ValueError(f"rank {rank} of a weight decomposed for at most {self.basis.shape[1]}")
         basis, dual = self.basis[:, :rank], self.dual[:, :rank]
         oriented = weight.detach() if self.side == "left" else weight.detach().mT  # (k, other)
         # the products in float64, but never all of them at once

@@ -24,14 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_cli import console
-from lowrank_cli.compress.decomposition import HELD, moments_of
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.models.load import load_weights
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import place
 from lowrank_cli.models.targets import select
 from lowrank_cli.svd import calibration, rank_selection
-from lowrank_cli.svd.shelf import Shelf
 from lowrank_cli.svd.spectrum import DAMPING, Decomposition, decompose
 
 BUDGETS = (0.6, 0.8, 0.9, 0.7)
@@ -114,10 +112,7 @@ class Table:
             texts = [self.tokens(text) for text in self.given.calibrate]
             windows = [w for ids in texts for w in calibration.windows_of(ids, 512, share)]
             console.note(f"calibrating on {len(windows)} windows")
-            found: dict[str, calibration.Moments] = {}
-            scratch = Shelf(self.given.out / "scratch", HELD)
-            for moments in moments_of(self.model, self.linears, windows, scratch, True, 0):
-                found |= moments
+            found = calibration.collect(self.model, self.linears, windows, two_sided=True)
             tensors = {f"{name}|input": m.input.clone() for name, m in found.items()}
             save_file(tensors | {f"{name}|output": m.output for name, m in found.items()}, path)
         return load_file(path)

@@ -46,7 +46,14 @@ def finetune(lowrank, model, *more, code: int = 0):
         ({"paper": True}, "needs a rank reduction"),
         ({"paper": True, "rank": 50, "pifa": True}, "not in the paper"),
         ({"paper": True, "param_budget": 0.5}, "not in the paper"),
-        ({"weighting": "none", "calibrate": "stdlib"}, "uses no text"),
+        ({"weighting": "none", "calibrate": "stdlib"}, "there is none"),
+        ({"weighting": "none", "samples": 4}, "there is none"),
+        ({"paper": True, "rank": 50, "calibrate": "stdlib"}, "not in the paper"),
+        ({"paper": True, "rank": 50, "weighting": "input"}, "not in the paper"),
+        ({"paper": True, "rank": 50, "allocation": "uniform"}, "not in the paper"),
+        ({"min_ratio": 0.3}, "this one is budget"),
+        ({"rank": 50, "allocation": "energy", "min_ratio": 0.3}, "this one is energy"),
+        ({"train_norms": True}, "of lowrank finetune"),
         ({"counting": "all", "param_budget": 0.5}, "with a rank"),
         ({"counting": "all", "rank": 50, "allocation": "uniform"}, "with a rank"),
         ({"rank": 0}, "larger than 0"),
@@ -58,6 +65,13 @@ def test_refuses_settings_that_do_not_go_together(flags, message):
     with pytest.raises(UsageError) as raised:
         resolve("compress", {"method": "welore"}, {"welore": flags})
     assert message in f"{raised.value.message}; {raised.value.hint}"
+
+
+@pytest.mark.parametrize("name", ["rank", "pifa", "calibrate", "min_ratio"])
+def test_finetune_refuses_settings_of_a_compression(name):
+    given = {"rank": 30, "pifa": True, "calibrate": "stdlib", "min_ratio": 0.2}
+    with pytest.raises(UsageError, match=f"--welore-{name.replace('_', '-')}.* is of lowrank compress"):
+        resolve("finetune", {"method": "welore"}, {"welore": {name: given[name]}})
 
 
 def test_a_dense_model_has_nothing_to_train(lowrank, stories, news):

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "llama": {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen2": {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
+    "openai-gpt": {"n_embd": 32, "n_head": 4, "n_layer": 2},
 }
 
 

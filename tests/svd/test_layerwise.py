@@ -20,6 +20,18 @@ ARCHITECTURES = {
     "gpt2": {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 32},
     "gpt_neox": dict(SIZES, intermediate_size=40),
     "opt": dict(SIZES, ffn_dim=40, word_embed_proj_dim=16, max_position_embeddings=32),
+    "falcon": {**SIZES, "bias": True},
+    "bloom": {"vocab_size": 61, "hidden_size": 16, "n_layer": 3, "n_head": 4},
+    "gptj": {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_positions": 32},
+    "gpt_neo": {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1], [["global"], 1]],
+        "window_size": 4,
+        "max_position_embeddings": 32,
+    },
     "phi": dict(LLAMAS),
 }
 
@@ -45,7 +57,9 @@ def moments(model, *, two_sided: bool, folder, budget: int = 1 << 30) -> dict[st
     found = {}
     for of_layer in passing.moments():
         found |= of_layer
-    assert set(shelf.held) | set(shelf.devices) == ({f"gradient-{w}" for w in range(4)} if two_sided else set())
+    assert not shelf.held
+    assert not shelf.devices
+    assert shelf.budget == budget
     return found
 
 
@@ -71,8 +85,7 @@ def test_are_the_same_from_files(tmp_path):
     for name, found in held.items():
         assert torch.equal(found.input, filed[name].input)
         assert torch.equal(found.output, filed[name].output)
-    # layers' inputs are removed as they are used; what is left is the gradient at the embeddings
-    assert {p.stem for p in (tmp_path / "scratch").iterdir()} == {f"gradient-{w}" for w in range(4)}
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_leave_the_model_as_it_was(tmp_path):

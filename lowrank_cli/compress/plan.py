@@ -1,0 +1,96 @@
+"""What a compression would touch and what it would need, from the configuration alone: `--dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_cli import console
+from lowrank_cli.compress.decomposition import HELD, find_targets
+from lowrank_cli.compress.preparation import check_budget, compressing, loaded_dtype, weighting_of
+from lowrank_cli.compress.text import text_of_run
+from lowrank_cli.config import RunConfig
+from lowrank_cli.models import load as models
+from lowrank_cli.models.layers import layers_of
+from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD
+from lowrank_cli.models.source import locate
+from lowrank_cli.svd.calibration import groups
+from lowrank_cli.svd.rank_selection import Spectra
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done.
+
+    Attributes:
+        shapes: (out, in) of the linears that would be compressed, by name.
+        skipped: why others would not, by name.
+        weighting: "none", "input" or "two-sided".
+        needs: bytes by what they are for.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    skipped: dict[str, str]
+    weighting: str
+    needs: dict[str, int]
+
+    def show(self) -> None:
+        """As tables."""
+        rows = [[name, f"{m} x {n}"] for name, (m, n) in self.shapes.items()]
+        rows += [[name, why] for name, why in self.skipped.items()]
+        if not rows:
+            console.note("the model is compressed already: its factors would be multiplied out")
+        else:
+            console.table("What would be compressed", ["linear", "shape"], rows)
+        needs = [[what, console.human_bytes(size)] for what, size in self.needs.items()]
+        console.table(f"What it would need, weighting {self.weighting}", ["for", "bytes"], needs, right=(1,))
+
+    def record(self) -> dict[str, Any]:
+        """For --json."""
+        return {"linears": self.shapes, "skipped": self.skipped, "weighting": self.weighting, "bytes": self.needs}
+
+
+def plan(config: RunConfig) -> Plan:
+    """The plan of a compression; no weight is read."""
+    part = compressing(config)
+    source = locate(config.model, offline=config.common.offline)
+    architecture = models.config_of(config.model, offline=config.common.offline)
+    weighting, _ = weighting_of(part, text_of_run(source.location))
+    compressed = getattr(architecture, "quantization_config", None) or {}
+    skeleton = models.meta(architecture)
+    dtype = loaded_dtype(config, models.device_of(config.common.device))
+    needs = {"the model": sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize}
+    if config.compress.format == "dense" and dict(compressed).get("quant_method") == QUANT_METHOD:
+        return Plan({}, {}, "none", needs)
+    targets = find_targets(skeleton)
+    shapes = targets.shapes
+    check_budget(part, shapes)
+    if weighting != "none":
+        hidden = getattr(architecture, "hidden_size", 0)
+        tokens = part.config.samples * config.compress.max_length
+        bounds = Spectra({}, shapes, pifa=part.config.pifa, allow_growth=part.config.paper)
+        needs |= weighted_needs(
+            bounds, weighting == "two-sided", tokens * hidden * dtype.itemsize, len(layers_of(skeleton))
+        )
+    return Plan(shapes, targets.skipped, weighting, needs)
+
+
+def weighted_needs(bounds: Spectra, two_sided: bool, passing: int, layers: int) -> dict[str, int]:
+    """Bytes of moments, of what is passed from layer to layer, and of decompositions.
+
+    Args:
+        bounds: the linears' shapes and the form they would be in.
+        two_sided: by the gradients at the outputs too.
+        passing: bytes of one layer's inputs.
+        layers: of the model.
+    """
+    whole = sum(8 * (n * n + (m * m if two_sided else 0)) for m, n in bounds.shapes.values())
+    needs = {"second moments": whole}
+    if len(groups(bounds.shapes, HELD, two_sided)) > 1:
+        needs = {"second moments, of a layer": whole // max(1, layers)}
+        needs["layers' inputs, on disk beyond 4 GiB"] = passing * (layers + 1 if two_sided else 1)
+    bases = sum(
+        8 * min(shape) * bounds.largest_rank(name) * (2 if two_sided or shape[0] > shape[1] else 1)
+        for name, shape in bounds.shapes.items()
+    )
+    return {**needs, "decompositions, on disk beyond 4 GiB": bases}
