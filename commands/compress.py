@@ -65,8 +65,9 @@ def recorded(folder: RunDir, resolved: config.RunConfig, work) -> dict[str, Any]
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         folder.finish("failed", error=reason, exit_code=FAILED)
+        where = getattr(error, "filename", None) or folder.path
         raise LowrankError(
-            f"could not write to {folder.path}: {reason}", "make room, or choose another --out"
+            f"could not read or write {where}: {reason}", "make room or choose another --out, if it is full"
         ) from None
     except BaseException as error:
         folder.finish("failed", error=f"{type(error).__name__}: {error}", exit_code=FAILED)
