@@ -78,9 +78,7 @@ def find_targets(model: nn.Module) -> Targets:
     from lowrank_cli.models.lowrank_linear import low_rank_linears
 
     if low_rank_linears(model):
-        raise UsageError(
-            "the model is compressed already", "give the one that it was made from, or merge it: --format dense"
-        )
+        raise already_compressed()
     users: dict[Tensor, int] = {}
     for _, p in model.named_parameters(remove_duplicate=False):
         users[p] = users.get(p, 0) + 1
@@ -96,6 +94,13 @@ def find_targets(model: nn.Module) -> Targets:
         raise UsageError("the model has no linear that can be compressed", "take a decoder such as llama or gpt2")
     check_finite(linears)
     return Targets(linears, skipped)
+
+
+def already_compressed() -> UsageError:
+    """For a model that has low-rank linears."""
+    return UsageError(
+        "the model is compressed already", "give the one that it was made from, or merge it: --format dense"
+    )
 
 
 def check_finite(linears: Mapping[str, nn.Module]) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_cli import console
-from lowrank_cli.compress.decomposition import HELD, find_targets
-from lowrank_cli.compress.preparation import check_budget, compressing, loaded_dtype, weighting_of
+from lowrank_cli.compress.decomposition import HELD, already_compressed, find_targets
+from lowrank_cli.compress.preparation import check_budget, compressing, loaded_dtype, refuse_unused, weighting_of
 from lowrank_cli.compress.text import text_of_run
 from lowrank_cli.config import RunConfig
 from lowrank_cli.models import load as models
@@ -60,7 +60,10 @@ def plan(config: RunConfig) -> Plan:
     skeleton = models.meta(architecture)
     dtype = loaded_dtype(config, models.device_of(config.common.device))
     needs = {"the model": sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize}
-    if config.compress.format == "dense" and dict(compressed).get("quant_method") == QUANT_METHOD:
+    if dict(compressed).get("quant_method") == QUANT_METHOD:
+        if config.compress.format != "dense":
+            raise already_compressed()
+        refuse_unused(config, part)
         return Plan({}, {}, "none", needs)
     targets = find_targets(skeleton)
     shapes = targets.shapes

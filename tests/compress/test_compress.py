@@ -480,6 +480,7 @@ def test_dry_run_says_what_is_skipped_and_what_is_merged(compress, tmp_path):
     )
     said = compress("--format", "dense", "--dry-run", "--out", "run", model="small")
     assert "compressed already" in said
+    assert "compressed already" in compress("--dry-run", "--out", "run", model="small", code=2)
 
 
 def test_same_seed_same_model(compress, text):
