@@ -6,9 +6,11 @@ is the same as in memory.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,7 @@ def values_of(reader: Reader) -> dict[str, Tensor]:
     with progress("singular values", len(reader.shapes)) as advance:
         for name in reader.shapes:
             found[name] = cached_values(name, reader[name])
+            give_back()
             advance()
     return found
 
@@ -134,6 +137,7 @@ def write(
                 after += value.numel() if value.is_floating_point() else 0
             if sum(t.nbytes for t in tensors.values()) >= FILE_BYTES:
                 flush()
+            give_back()
             advance()
         if tensors:
             flush()
@@ -155,6 +159,14 @@ def write(
     return before, after
 
 
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps blocks of up to 32 MB, and those of many weights add up."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
+        if trim is not None:
+            trim(0)
+
+
 def _part(number: int) -> str:
     return f"part-{number}.safetensors"
 
@@ -169,7 +181,8 @@ def compressed(reader: Reader, ranks: Ranks, form: str, key: str, tensor: Tensor
         return
     if leaf == "bias":
         return
-    weight = reader[name]
+    # read once: a second mapping of the file would count once more
+    weight = (tensor.mT if name in reader.transposed else tensor).to(reader.device)
     bias = None
     if f"{name}.bias" in reader.files:
         with opened(reader.files[f"{name}.bias"]) as file:

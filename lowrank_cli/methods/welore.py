@@ -77,7 +77,7 @@ class WeLore(Method):
             "of errors: none, input (whitening), two-sided (Kronecker-factored Fisher, where there is text)",
             choices=("none", "input", "two-sided"),
         )
-        damping: float = option(1e-3, "share of a moment's mean eigenvalue added to its diagonal", above=0)
+        damping: float = option(0.03, "share of a moment's mean eigenvalue added to its diagonal", above=0)
         pifa: bool = option(False, "store r rows and the others' coordinates: fewer parameters for the same weight")
         paper: bool = option(
             False, "the paper's rule to the letter: its grid of thresholds, also where a weight grows by it"

@@ -27,7 +27,7 @@ from torch import Tensor
 from lowrank_cli.errors import LowrankError
 
 # share of the mean eigenvalue that is added to a moment: directions that the calibration text never used keep a weight
-DAMPING = 1e-3
+DAMPING = 0.03
 # columns that are taken to float64 at a time: a weight never exists in it as a whole unless it is weighted
 BLOCK = 1024
 # rows of a symmetric product at a time

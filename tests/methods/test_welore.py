@@ -141,6 +141,9 @@ def test_combines_with(method, layers, lowrank, compressed, news):
 
 
 def test_describes_what_it_aims_at():
+    from lowrank_cli.svd.spectrum import DAMPING
+
+    assert methods.get("welore").Config().damping == DAMPING
     method = methods.get("welore")
     assert method(method.Config(rank=50)).target == "50 % of the singular values cut"
     assert method(method.Config()).target == "80 % of the linears' parameters kept"
