@@ -22,8 +22,8 @@ from pathlib import Path
 import psutil
 import torch
 from comparison import Bar, Comparison, Settings, answer, console, in_alternation, in_process
+from shapes import random_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli import methods
 from lowrank_cli.run import peak_resident_bytes
@@ -78,7 +78,7 @@ def compare(settings: Settings) -> list[Comparison]:
 def speed(problem: Problem, num_vectors: int, passes: int, settings: Settings) -> list[Comparison]:
     """Tokens per second of an update, against both peers and the frozen model."""
     steps = settings.steps or problem.steps
-    base = model_of(problem)
+    base = random_llama(problem).requires_grad_(False)
     sides = {
         name: step_of(name, problem, num_vectors, passes, copy.deepcopy(base)) for name in (OURS, PEFT, LORA, NOTHING)
     }
@@ -114,22 +114,6 @@ def memory(problem: Problem, num_vectors: int, settings: Settings) -> list[Compa
     found = in_alternation({name: lambda name=name: megabytes(name) for name in (OURS, PEFT)}, settings.repeats)
     what = f"peak memory of training, {PEFT}: {problem.name}, {num_vectors} vectors"
     return [Comparison("vblora", what, "MB", found[OURS], found[PEFT], NO_MORE_MEMORY)]
-
-
-def model_of(problem: Problem) -> nn.Module:
-    """The base model, random and frozen."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=problem.hidden,
-        intermediate_size=problem.intermediate,
-        num_hidden_layers=problem.layers,
-        num_attention_heads=problem.heads,
-        num_key_value_heads=problem.kv_heads,
-        vocab_size=problem.vocabulary,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).requires_grad_(False).train()
 
 
 def step_of(side: str, problem: Problem, num_vectors: int, passes: int, model: nn.Module) -> Callable[[], None]:
@@ -196,7 +180,7 @@ def measure_memory() -> None:
     """The other end of `memory`."""
     side, (name, num_vectors, passes) = sys.argv[2], json.loads(sys.argv[3])
     problem = next(p for p in (STORIES, SMOLLM, TINY) if p.name == name)
-    base = model_of(problem)
+    base = random_llama(problem).requires_grad_(False)
     # libraries, threads and the kernels' own memory are there before the count begins
     probe(base)
     start = psutil.Process().memory_info().rss

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 from comparison import Bar, Comparison, Settings, answer, console, in_alternation, in_process
+from shapes import random_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli import methods
 from lowrank_cli.models.lowrank_linear import replace_linear, shape_of
@@ -109,18 +109,7 @@ def step_of(side: str, problem: Problem) -> Callable[[], None]:
 
 def model_of(side: str, problem: Problem) -> nn.Module:
     """The dense model, or that with low-rank linears in it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=problem.hidden,
-        intermediate_size=problem.intermediate,
-        num_hidden_layers=problem.layers,
-        num_attention_heads=problem.heads,
-        num_key_value_heads=problem.kv_heads,
-        vocab_size=problem.vocabulary,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).train()
+    model = random_llama(problem)
     for name, linear in select(model, None).items() if side != DENSE else ():
         share = RANKS.get(name.rpartition(".")[2])
         if share is not None:
