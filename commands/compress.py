@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 from lowrank_cli import config, console, options
@@ -52,6 +53,7 @@ def recorded(folder: RunDir, resolved: config.RunConfig, work) -> dict[str, Any]
     """Do the work; run.json says how it ended, whatever happens."""
     from safetensors import SafetensorError
 
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     folder.start(command=resolved.command, method=resolved.method, seed=resolved.common.seed)
     console.note(f"run {folder.path}")
     try:
@@ -72,5 +74,7 @@ def recorded(folder: RunDir, resolved: config.RunConfig, work) -> dict[str, Any]
     except BaseException as error:
         folder.finish("failed", error=f"{type(error).__name__}: {error}", exit_code=FAILED)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     folder.finish("done", exit_code=0, result=result)
     return result

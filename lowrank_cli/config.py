@@ -201,7 +201,9 @@ def resolve(
     configs = {p.name: build(p.Config, method_merged.get(p.name, {}), kind=f"setting of {p.name}") for p in parts}
     run = RunConfig(command=command, method="+".join(p.name for p in parts), methods=configs, **sections)
     for part in parts:
-        part(configs[part.name]).check(run)
+        method = part(configs[part.name])
+        method.check(run)
+        method.refuse_unused(run, frozenset(k for k, v in method_given.get(part.name, {}).items() if v is not None))
     return run
 
 

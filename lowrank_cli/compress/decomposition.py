@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.errors import UsageError
-from lowrank_cli.models.lowrank_linear import shape_of, weight_of
+from lowrank_cli.models.lowrank_linear import low_rank_linears, shape_of, weight_of
 from lowrank_cli.models.targets import select
 from lowrank_cli.svd import calibration, layerwise
 from lowrank_cli.svd.shelf import Shelf
@@ -75,8 +75,6 @@ def find_targets(model: nn.Module) -> Targets:
     Raises:
         UsageError: the model has none, or is compressed already.
     """
-    from lowrank_cli.models.lowrank_linear import low_rank_linears
-
     if low_rank_linears(model):
         raise already_compressed()
     users: dict[Tensor, int] = {}

@@ -28,13 +28,17 @@ def opened(path: Path) -> Iterator[Any]:
     """A safetensors file of a model, open to read.
 
     Raises:
-        LowrankError: it is damaged.
+        LowrankError: it is damaged, or cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
         raise LowrankError(f"{path} is damaged: {' '.join(str(error).split())}", "copy or save it again") from None
+    except OSError as error:
+        # safetensors gives no errno
+        reason = error.strerror or ("it is not there" if isinstance(error, FileNotFoundError) else str(error))
+        raise LowrankError(f"{path} cannot be read: {reason}", "copy or save the model again") from None
 
 
 def write_spectra(

@@ -51,8 +51,9 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
     }  # fmt: skip
     stored, computed = stored_dtype(config, model.dtype), model.dtype
     # both measurements are of what is stored
-    before = measure(model.to(stored), job.measuring)
-    model.to(computed)
+    cast_(model, stored)
+    before = measure(model, job.measuring)
+    cast_(model, computed)
     bytes_before = sum(p.numel() for p in model.parameters()) * stored.itemsize
     rows: list[dict[str, Any]] = []
     if targets.linears:
@@ -66,7 +67,7 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
             factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
         finally:
             shutil.rmtree(store.shelf.folder, ignore_errors=True)
-    model.to(stored)
+    cast_(model, stored)
     if config.compress.format == "dense":
         densify(model)
     elif low_rank_linears(model):
@@ -79,6 +80,12 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
     streaming.commit(folder.path, lambda path: save(path, model, job.tokenizer), folder.model)
     report.write(folder, rows, result, plots=config.compress.plots)
     return result
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters a dtype. Buffers keep theirs, as on loading: rotary frequencies need 32 bits."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
 
 
 def spectra_of(job: Job, store: Store) -> tuple[Spectra, Spectra]:

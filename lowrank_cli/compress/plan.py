@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_cli import console
-from lowrank_cli.compress.decomposition import HELD, already_compressed, find_targets
-from lowrank_cli.compress.preparation import check_budget, compressing, loaded_dtype, refuse_unused, weighting_of
-from lowrank_cli.compress.text import text_of_run
+from lowrank_cli.compress.decomposition import HELD, find_targets
+from lowrank_cli.compress.preparation import check_budget, given_spectra, loaded_dtype, outline
 from lowrank_cli.config import RunConfig
 from lowrank_cli.models import load as models
 from lowrank_cli.models.layers import layers_of
-from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD
-from lowrank_cli.models.source import locate
 from lowrank_cli.svd.calibration import groups
 from lowrank_cli.svd.rank_selection import Spectra
 
@@ -51,31 +48,21 @@ class Plan:
 
 
 def plan(config: RunConfig) -> Plan:
-    """The plan of a compression; no weight is read."""
-    part = compressing(config)
-    source = locate(config.model, offline=config.common.offline)
-    architecture = models.config_of(config.model, offline=config.common.offline)
-    weighting, _ = weighting_of(part, text_of_run(source.location))
-    compressed = getattr(architecture, "quantization_config", None) or {}
-    skeleton = models.meta(architecture)
+    """The plan of a compression; raises as the command would for what the configurations tell."""
+    about = outline(config)
+    skeleton = models.meta(about.architecture)
     dtype = loaded_dtype(config, models.device_of(config.common.device))
     needs = {"the model": sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize}
-    if dict(compressed).get("quant_method") == QUANT_METHOD:
-        if config.compress.format != "dense":
-            raise already_compressed()
-        refuse_unused(config, part)
+    if about.merging:
         return Plan({}, {}, "none", needs)
-    targets = find_targets(skeleton)
-    shapes = targets.shapes
-    check_budget(part, shapes)
-    if weighting != "none":
-        hidden = getattr(architecture, "hidden_size", 0)
-        tokens = part.config.samples * config.compress.max_length
-        bounds = Spectra({}, shapes, pifa=part.config.pifa, allow_growth=part.config.paper)
-        needs |= weighted_needs(
-            bounds, weighting == "two-sided", tokens * hidden * dtype.itemsize, len(layers_of(skeleton))
-        )
-    return Plan(shapes, targets.skipped, weighting, needs)
+    targets, settings = find_targets(skeleton), about.part.config
+    check_budget(about.part, targets.shapes)
+    given_spectra(config, targets.shapes)
+    if about.weighting != "none":
+        passing = settings.samples * about.length * about.architecture.hidden_size * dtype.itemsize
+        bounds = Spectra({}, targets.shapes, pifa=settings.pifa, allow_growth=settings.paper)
+        needs |= weighted_needs(bounds, about.weighting == "two-sided", passing, len(layers_of(skeleton)))
+    return Plan(targets.shapes, targets.skipped, about.weighting, needs)
 
 
 def weighted_needs(bounds: Spectra, two_sided: bool, passing: int, layers: int) -> dict[str, int]:

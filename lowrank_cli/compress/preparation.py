@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowrank_cli import console, methods
 from lowrank_cli.compress import streaming
-from lowrank_cli.compress.decomposition import Targets, find_targets
+from lowrank_cli.compress.decomposition import Targets, already_compressed, find_targets
 from lowrank_cli.compress.files import read_spectra
-from lowrank_cli.compress.svd_dump import Reader
-from lowrank_cli.compress.text import check_length, text_of_run, tokenizer_for, windows
+from lowrank_cli.compress.svd_dump import Reader, values_of
+from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length, windows
 from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
-from lowrank_cli.models.lowrank_linear import low_rank_linears
+from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD
 from lowrank_cli.models.source import Source, locate
 from lowrank_cli.svd.rank_selection import Spectra
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -62,6 +63,70 @@ class Job:
         return self.targets.shapes
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a compression is going to be, as far as the configuration and the model's own say.
+
+    Attributes:
+        config: the settings.
+        part: the method that chooses the ranks.
+        source: where the model is.
+        architecture: the model's configuration.
+        merging: the model is compressed already, and its factors are multiplied out.
+        own: the text that the model was trained on, if it is a run's.
+        weighting: "none", "input" or "two-sided".
+        calibrating: the text for it.
+        length: tokens in a window.
+    """
+
+    config: RunConfig
+    part: methods.Method
+    source: Source
+    architecture: PretrainedConfig
+    merging: bool
+    own: DataConfig | None
+    weighting: str
+    calibrating: DataConfig | None
+    length: int
+
+
+def outline(config: RunConfig) -> Outline:
+    """Find the model and check the settings against its configuration; no weight is read.
+
+    Raises:
+        UsageError: not a language model, or settings that do not fit it.
+        MissingError: something is not there.
+    """
+    console.quiet_libraries()
+    part = compressing(config)
+    source = locate(config.model, offline=config.common.offline)
+    architecture = models.config_of(config.model, offline=config.common.offline)
+    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"{source.name} is not a causal language model: {architecture.model_type}",
+            "take a decoder such as llama, mistral, qwen2 or gpt2",
+        )
+    quantization = dict(getattr(architecture, "quantization_config", None) or {})
+    compressed = quantization.get("quant_method") == QUANT_METHOD
+    merging = compressed and config.compress.format == "dense"
+    if compressed and not merging:
+        raise already_compressed()
+    own = text_of_run(source.location)
+    if merging:
+        refuse_unused(config, part)
+        weighting, calibrating = "none", None
+    else:
+        weighting, calibrating = weighting_of(part, own)
+    if config.compress.spectra is not None and not part.reads_own_values:
+        raise UsageError(
+            f"--spectra gives the weights' own singular values, and the rule {part.allocation} does not read them",
+            "drop it, or add --welore-allocation welore",
+        )
+    reading = calibrating is not None or config.compress.eval_tokens > 0
+    length = window_length(architecture, config.compress.max_length if reading else None)
+    return Outline(config, part, source, architecture, merging, own, weighting, calibrating, length)
+
+
 def prepare(config: RunConfig) -> Job | streaming.Streamed:
     """Load the model and the texts; whatever is wrong with them shows here.
 
@@ -69,25 +134,17 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
 
     Raises:
         UsageError: a model that cannot be compressed, weights that are not finite, a text that is too short, settings
-            that would have no effect.
+            that do not fit.
         MissingError: something is not there.
     """
-    console.quiet_libraries()
-    part = compressing(config)
-    source = locate(config.model, offline=config.common.offline)
-    own = text_of_run(source.location)
-    weighting, calibrating = weighting_of(part, own)
-    if config.compress.spectra is not None and not part.reads_own_values:
-        raise UsageError(
-            f"--spectra gives the weights' own singular values, and the rule {part.allocation} does not read them",
-            "drop it, or add --welore-allocation welore",
-        )
-    if weighting == "none" and not config.compress.eval_tokens and config.compress.format == "factored":
-        reader = Reader(source, config, loading=False)
+    about = outline(config)
+    part = about.part
+    if about.weighting == "none" and not config.compress.eval_tokens and config.compress.format == "factored":
+        reader = Reader(about.source, config, loading=False)
         if reader.files and reader.has_head and config.model.dtype == "auto":
             check_budget(part, reader.shapes)
             given = given_spectra(config, reader.shapes)
-            return streaming.Streamed(config, part, reader, streaming.values_of(reader), given)
+            return streaming.Streamed(config, part, reader, values_of(reader), given)
     device = models.device_of(config.common.device)
     model = models.load(
         config.model,
@@ -97,14 +154,13 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
         seed=config.common.seed,
         offline=config.common.offline,
     ).eval()
-    if config.compress.format == "dense" and low_rank_linears(model):
-        refuse_unused(config, part)
-        targets, weighting, calibrating = Targets({}, {}), "none", None
-    else:
+    targets = Targets({}, {})
+    if not about.merging:
         targets = find_targets(model)
         check_budget(part, targets.shapes)
-    job = Job(config, part, model, targets, weighting=weighting, given=given_spectra(config, targets.shapes))
-    find_texts(job, source, own, calibrating)
+    given = given_spectra(config, targets.shapes)
+    job = Job(config, part, model, targets, weighting=about.weighting, given=given)
+    find_texts(job, about)
     return job
 
 
@@ -134,31 +190,29 @@ def weighting_of(part: methods.Method, own: DataConfig | None) -> tuple[str, Dat
     return weighting, text
 
 
-def find_texts(job: Job, source: Source, own: DataConfig | None, calibrating: DataConfig | None) -> None:
+def find_texts(job: Job, about: Outline) -> None:
     """Put a job's tokenizer and its windows of text into it."""
-    config, settings, offline = job.config, job.part.config, job.config.common.offline
+    config, calibrating, offline = job.config, about.calibrating, job.config.common.offline
     needed = calibrating is not None or config.compress.eval_tokens > 0
-    job.tokenizer = tokenizer_for(source, job.model, offline, needed=needed)
-    length = config.compress.max_length
-    if needed:
-        check_length(job.model, length)
+    job.tokenizer = tokenizer_for(about.source, job.model, offline, needed=needed)
+    count = math.ceil(config.compress.eval_tokens / (about.length - 1))
     if calibrating is not None:
-        if settings.calibrate is not None and settings.calibrate == config.compress.dataset:
+        settings = job.part.config
+        if count and settings.calibrate is not None and settings.calibrate == config.compress.dataset:
             console.warn(f"{settings.calibrate} both calibrates and measures: the perplexity after will flatter")
         job.calibration = windows(
-            calibrating, "train", job.tokenizer, length=length, count=settings.samples, offline=offline,
+            calibrating, "train", job.tokenizer, length=about.length, count=settings.samples, offline=offline,
             flag="--welore-calibrate", whole=settings.calibrate is not None,
         )  # fmt: skip
-        check_enough(job.calibration, calibrating.dataset, settings.samples, job.shapes)
-    measuring = DataConfig(dataset=config.compress.dataset) if config.compress.dataset else own or DataConfig()
-    count = math.ceil(config.compress.eval_tokens / (length - 1))
+        check_enough(job, calibrating.dataset)
+    measuring = DataConfig(dataset=config.compress.dataset) if config.compress.dataset else about.own or DataConfig()
     if count:
         job.measuring = windows(
-            measuring, "validation", job.tokenizer, length=length, count=count, offline=offline, flag="--dataset",
-            whole=config.compress.dataset is not None,
+            measuring, "validation", job.tokenizer, length=about.length, count=count, offline=offline,
+            flag="--dataset", whole=config.compress.dataset is not None,
         )  # fmt: skip
     job.texts = {
-        "calibration_text": calibrating and calibrating.dataset,
+        "calibration_text": calibrating.dataset if job.calibration else None,
         "calibration_windows": sum(ids.shape[0] for ids in job.calibration),
         "calibration_tokens": sum(ids.numel() for ids in job.calibration),
         "evaluation_text": measuring.dataset,
@@ -175,22 +229,27 @@ def check_budget(part: methods.Method, shapes: dict[str, tuple[int, int]]) -> No
         )
 
 
-def check_enough(text: list[Tensor], name: str, wanted: int, shapes: dict[str, tuple[int, int]]) -> None:
-    """Warn of a calibration text with fewer windows than were asked for.
+def check_enough(job: Job, name: str) -> None:
+    """Say that a calibration text has fewer windows than were asked for.
+
+    With fewer tokens than the widest linear has inputs most directions are never seen: a run's own text, which nobody
+    named, is then not used.
 
     Raises:
-        UsageError: it has fewer tokens than the widest linear has inputs, so that most directions are never seen.
+        UsageError: text or weighting were asked for, and it has that few.
     """
-    found, tokens = sum(ids.shape[0] for ids in text), sum(ids.numel() for ids in text)
-    if found >= wanted:
-        return
-    widest = max(n for _, n in shapes.values())
-    if tokens < widest:
+    settings, found = job.part.config, sum(ids.shape[0] for ids in job.calibration)
+    tokens, widest = sum(ids.numel() for ids in job.calibration), max(n for _, n in job.shapes.values())
+    few = f"{name} is too short to calibrate linears of {widest:,} inputs: {tokens:,} tokens in whole windows"
+    if tokens < widest and (settings.calibrate is not None or settings.weighting is not None):
         raise UsageError(
-            f"{name} is too short to calibrate linears of {widest:,} inputs: {tokens:,} tokens in whole windows",
-            "give --welore-calibrate a longer text, or take --welore-weighting none",
+            few, "give --welore-calibrate a longer text, raise --welore-samples, or take --welore-weighting none"
         )
-    console.warn(f"{name} has {found} windows of the {wanted} asked for: calibrating on {tokens:,} tokens")
+    if tokens < widest:
+        console.warn(f"{few}; the error is not weighted")
+        job.calibration, job.weighting = [], "none"
+    elif found < settings.samples:
+        console.warn(f"{name} has {found} windows of the {settings.samples} asked for: {tokens:,} tokens")
 
 
 def loaded_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

@@ -6,11 +6,9 @@ is the same as in memory.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from lowrank_cli.compress.decomposition import Targets
 from lowrank_cli.compress.files import opened
 from lowrank_cli.compress.pictures import place_of
 from lowrank_cli.compress.progress import progress
-from lowrank_cli.compress.svd_dump import Reader, cached_values
+from lowrank_cli.compress.svd_dump import Reader, give_back
 from lowrank_cli.config import RunConfig
 from lowrank_cli.methods import Method
 from lowrank_cli.models import load as models
@@ -59,22 +57,6 @@ class Streamed:
     reader: Reader
     values: dict[str, Tensor]
     given: dict[str, Tensor]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear."""
-        return self.reader.shapes
-
-
-def values_of(reader: Reader) -> dict[str, Tensor]:
-    """The singular values of every linear, read one after the other."""
-    found = {}
-    with progress("singular values", len(reader.shapes)) as advance:
-        for name in reader.shapes:
-            found[name] = cached_values(name, reader[name])
-            give_back()
-            advance()
-    return found
 
 
 def run(job: Streamed, folder: RunDir) -> dict[str, Any]:
@@ -157,14 +139,6 @@ def write(
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
     return before, after
-
-
-def give_back() -> None:
-    """Return freed memory to the system: glibc keeps blocks of up to 32 MB, and those of many weights add up."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
-        if trim is not None:
-            trim(0)
 
 
 def _part(number: int) -> str:

@@ -6,9 +6,11 @@ a model much larger than memory can be read. Values are cached by the content of
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +26,10 @@ from lowrank_cli import console
 from lowrank_cli.compress import files
 from lowrank_cli.compress.decomposition import find_targets
 from lowrank_cli.compress.progress import progress
-from lowrank_cli.compress.text import check_length, text_of_run, tokenizer_for, windows
+from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length, windows
 from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.data.cache import cached_folder
-from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.errors import LowrankError, MissingError, UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import Source, locate
@@ -102,7 +104,10 @@ class Reader:
         # a folder may hold others: a checkpoint has the optimizer's, some models the same weights once more
         listed = folder / "model.safetensors.index.json"
         if listed.is_file():
-            names = sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise LowrankError(f"{listed} is damaged: it has no map of weights", "copy or save it again") from None
         else:
             names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
         for path in (folder / name for name in names):
@@ -149,6 +154,25 @@ def cached_values(name: str, weight: Tensor) -> Tensor:
     return load_file(cached_folder("spectra", digest.hexdigest()[:32], make) / "values.safetensors")["values"]
 
 
+def values_of(reader: Reader) -> dict[str, Tensor]:
+    """The singular values of every linear, read one after the other."""
+    found = {}
+    with progress("singular values", len(reader.shapes)) as advance:
+        for name in reader.shapes:
+            found[name] = cached_values(name, reader[name])
+            give_back()
+            advance()
+    return found
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps blocks of up to 32 MB, and those of many weights add up."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
+        if trim is not None:
+            trim(0)
+
+
 @dataclass
 class Dump:
     """What a dump needs, checked, before anything is written."""
@@ -177,11 +201,7 @@ def run(dump: Dump, folder: RunDir) -> dict[str, Any]:
     Returns:
         Where the files are, and the mean effective rank.
     """
-    config, reader, values = dump.config, dump.reader, {}
-    with progress("singular values", len(reader.shapes)) as advance:
-        for name in reader.shapes:
-            values[name] = cached_values(name, reader[name])
-            advance()
+    config, reader, values = dump.config, dump.reader, values_of(dump.reader)
     result = {"run": str(folder.path), "linears": len(values)}
     result |= write(folder, "singular_values", values, reader.shapes, "weights", config.spectra.plots)
     if config.spectra.published:
@@ -216,9 +236,9 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
     text = own or DataConfig(**({"dataset": config.spectra.dataset} if config.spectra.dataset else {}))
     model = reader.load()
     tokenizer = tokenizer_for(source, model, offline, needed=True)
-    check_length(model, config.spectra.max_length)
+    length = window_length(model.config, config.spectra.max_length)
     return windows(
-        text, "train", tokenizer, length=config.spectra.max_length, count=config.spectra.gradients, offline=offline,
+        text, "train", tokenizer, length=length, count=config.spectra.gradients, offline=offline,
         flag="--dataset", whole=own is None,
     )  # fmt: skip
 

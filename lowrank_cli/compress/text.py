@@ -17,8 +17,10 @@ from lowrank_cli.models import load as models
 from lowrank_cli.models.source import Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+# tokens in a window
+LENGTH = 512
 # sequences in a forward pass
 BATCH = 4
 
@@ -49,14 +51,20 @@ def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, need
     return tokenizer
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
-    """Raise UsageError for windows that are longer than the model has positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+def window_length(config: PretrainedConfig, asked: int | None) -> int:
+    """Tokens in a window: what was asked for, else LENGTH or the model's positions if it has fewer.
+
+    Raises:
+        UsageError: more was asked for than it has.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions if isinstance(positions, int) else 1 << 30
+    if asked is not None and asked > positions:
         raise UsageError(
-            f"windows of {length} tokens are too long for a model of {positions} positions",
-            f"add --max-length {positions}",
+            f"windows of {asked} tokens are too long for a model of {positions} positions",
+            f"take --max-length {positions}, or drop it",
         )
+    return min(LENGTH, positions) if asked is None else asked
 
 
 def windows(

@@ -66,6 +66,12 @@ class Method:
     def check(self, run: RunConfig) -> None:
         """Called when a configuration has been resolved: raises UsageError for settings that do not go together."""
 
+    def refuse_unused(self, run: RunConfig, typed: frozenset[str]) -> None:
+        """Raises UsageError for one of the settings that were typed as flags, if it would have no effect.
+
+        A file may have them: it can serve two commands, and a run's own has every setting at the defaults of its day.
+        """
+
     def wrap(self, model: nn.Module) -> None:
         """Change modules in place, before the optimizer is built."""
 

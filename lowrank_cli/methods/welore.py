@@ -12,7 +12,7 @@ dense model does not survive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowrank_cli.config import option
@@ -87,16 +87,19 @@ class WeLore(Method):
     def check(self, run: RunConfig) -> None:
         config = self.config
         if run.command != "compress":
-            self.refuse(set(COMPRESSING), "of lowrank compress, and this command trains what it made", "drop it")
             return
-        self.refuse({"train_norms"}, "of lowrank finetune", "drop it")
         if config.rank is not None and config.param_budget is not None:
             raise UsageError("--welore-rank and --welore-param-budget both say how much to cut", "drop one of them")
         if config.paper:
-            wrong = {"param_budget", "pifa", "calibrate"}
-            wrong |= {"allocation"} if config.allocation != "welore" else set()
-            wrong |= {"weighting"} if config.weighting != "none" else set()
-            self.refuse(wrong, "not in the paper", "drop it, or drop --welore-paper")
+            for flag, wrong in (
+                ("--welore-param-budget", config.param_budget is not None),
+                ("--welore-pifa", config.pifa),
+                ("--welore-calibrate", config.calibrate is not None),
+                (f"--welore-weighting {config.weighting}", config.weighting not in (None, "none")),
+                (f"--welore-allocation {config.allocation}", config.allocation not in (None, "welore")),
+            ):
+                if wrong:
+                    raise UsageError(f"{flag} is not in the paper", "drop it, or drop --welore-paper")
             if config.rank is None:
                 raise UsageError("--welore-paper needs a rank reduction", "add --welore-rank 50")
         if config.counting == "all" and (config.rank is None or self.allocation != "welore"):
@@ -104,18 +107,25 @@ class WeLore(Method):
                 "--welore-counting all is a way to count for the rule welore with a rank",
                 "add --welore-rank 50, without another --welore-allocation",
             )
-        if self.allocation != "welore":
-            self.refuse({"min_ratio"}, f"of the rule welore, and this one is {self.allocation}", "drop it")
-        if config.paper or config.weighting == "none":
-            self.refuse({"calibrate", "samples", "damping"}, "of weighting by text, and there is none", "drop it")
+        if config.weighting == "none" and config.calibrate is not None:
+            raise UsageError(
+                "--welore-weighting none uses no text, and --welore-calibrate gives one", "drop one of them"
+            )
 
-    def refuse(self, names: set[str], why: str, hint: str) -> None:
-        """Raises UsageError for the first of these settings that is not at its default: it would have no effect."""
-        for name in names & {f.name for f in fields(self.config)}:
-            value = getattr(self.config, name)
-            if value != getattr(type(self.config)(), name):
-                shown = f" {value}" if isinstance(value, str) else ""
-                raise UsageError(f"--welore-{name.replace('_', '-')}{shown} is {why}", hint)
+    def refuse_unused(self, run: RunConfig, typed: frozenset[str]) -> None:
+        def refuse(names: tuple[str, ...], why: str) -> None:
+            for name in names:
+                if name in typed:
+                    raise UsageError(f"--welore-{name.replace('_', '-')} is {why}", "drop it")
+
+        if run.command != "compress":
+            refuse(COMPRESSING, "a setting of lowrank compress, and this command trains what that made")
+            return
+        refuse(("train_norms",), "a setting of lowrank finetune")
+        if self.allocation != "welore":
+            refuse(("min_ratio",), f"a setting of the rule welore, and this one is {self.allocation}")
+        if self.config.paper or self.config.weighting == "none":
+            refuse(("samples", "damping"), "a setting of weighting by text, and there is none")
 
     @property
     def allocation(self) -> str:
@@ -153,7 +163,8 @@ class WeLore(Method):
             return spectra.parameter_share(ranks), self.budget
         target = self.config.rank / 100
         if self.config.counting == "all":
-            return select.pooled_reduction(spectra, select.pooled_threshold(spectra, target)), target
+            threshold = select.pooled_threshold(spectra, target, paper=self.config.paper)
+            return select.pooled_reduction(spectra, threshold), target
         return spectra.rank_reduction(ranks), target
 
     def ranks(self, plain: Spectra, weighted: Spectra) -> Ranks:

@@ -105,9 +105,19 @@ def pooled_reduction(spectra: Spectra, threshold: float) -> float:
     return below / sum(n.numel() for n in spectra.normalised.values())
 
 
-def pooled_threshold(spectra: Spectra, target: float) -> float:
-    """The least threshold that the target share of all normalised singular values is below."""
-    return bisect(lambda threshold: pooled_reduction(spectra, threshold), target)[1]
+def pooled_threshold(spectra: Spectra, target: float, *, paper: bool = False) -> float:
+    """The least threshold, on the paper's grid if asked, that the target share of all normalised values is below."""
+
+    def reduction(threshold: float) -> float:
+        return pooled_reduction(spectra, threshold)
+
+    return on_grid(reduction, target) if paper else bisect(reduction, target)[1]
+
+
+def on_grid(reduction: Callable[[float], float], target: float) -> float:
+    """The first threshold of the paper's linear search that reaches a reduction; 1 if none does."""
+    grid = (i * PAPER_STEP for i in range(round(1 / PAPER_STEP) + 1))
+    return next((k for k in grid if reduction(k) >= target), 1.0)
 
 
 def welore(
@@ -130,17 +140,14 @@ def welore(
     if target <= 0:
         return dict.fromkeys(spectra.values)
 
+    if counting == "all":
+        return below_threshold(spectra, pooled_threshold(spectra, target, paper=paper), min_ratio)
+
     def reduction(threshold: float) -> float:
-        if counting == "all":
-            return pooled_reduction(spectra, threshold)
         return spectra.rank_reduction(below_threshold(spectra, threshold, min_ratio))
 
-    if counting == "all" and not paper:
-        return below_threshold(spectra, pooled_threshold(spectra, target), min_ratio)
     if paper:
-        grid = (i * PAPER_STEP for i in range(round(1 / PAPER_STEP) + 1))
-        threshold = next((k for k in grid if reduction(k) >= target), 1.0)
-        return below_threshold(spectra, threshold, min_ratio)
+        return below_threshold(spectra, on_grid(reduction, target), min_ratio)
     under, over = bisect(reduction, target)
     cut = round(target * sum(v.numel() for v in spectra.values.values()))
     fewer, more = (below_threshold(spectra, threshold, min_ratio) for threshold in (under, over))

@@ -141,10 +141,8 @@ class Table:
     def cell(self, row: str, kind: str, target: float, how: tuple) -> None:
         """Measure a cell and append its line."""
         key = {"row": row, kind: target, "calibration": self.calibration, "windows": self.given.windows,
-               "test": self.given.test.name, "tokens": self.given.tokens}  # fmt: skip
-        if self.given.damping != DAMPING:
-            key["damping"] = self.given.damping
-        if any(key == {k: v for k, v in json.loads(line).items() if k in (*key, "damping")} for line in self.lines()):
+               "test": self.given.test.name, "tokens": self.given.tokens, "damping": self.given.damping}  # fmt: skip
+        if any(key.items() <= json.loads(line).items() for line in self.lines()):
             return
         start = time.perf_counter()
         weighting, pifa, rule = how

@@ -164,7 +164,7 @@ def test_a_float32_model_is_not_rounded_where_computing_is_in_bfloat16(compress,
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
-def test_keeps_the_dtype_of_the_files_and_counts_bytes_in_it(compress, stories, tmp_path):
+def test_keeps_the_dtype_of_the_files_and_counts_bytes_in_it(compress, stories, text, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "half")
@@ -172,6 +172,13 @@ def test_keeps_the_dtype_of_the_files_and_counts_bytes_in_it(compress, stories, 
     assert result["bytes_before"] == 2 * sum(p.numel() for p in half.parameters())
     stored = load_file("run/model/model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    # rotary frequencies stay in float32, as for whoever loads it
+    ids = torch.tensor(AutoTokenizer.from_pretrained(stories)(text.read_text()).input_ids)[:512].reshape(4, 128)
+    with torch.no_grad():
+        logits = half.eval()(input_ids=ids).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert result["evaluated_tokens_before"] == 4 * 127
+    assert result["perplexity_before"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert result["bytes_after"] == pytest.approx(sum(t.nbytes for t in stored.values()), rel=0.02)
 
 
@@ -237,7 +244,7 @@ def test_nothing_to_cut_changes_nothing(compress, stories):
     ("flags", "message"),
     [
         (("--welore-param-budget", 0.01), "less than every linear at rank 1 takes"),
-        (("--welore-rank", 20, "--welore-allocation", "uniform"), "leaves every linear as it is"),
+        (("--welore-rank", 20, "--welore-allocation", "uniform"), "leaves every linear dense"),
     ],
 )
 def test_refuses_a_target_that_cannot_be_reached(flags, message, compress):
@@ -369,6 +376,9 @@ def test_calibration_on_little_text_is_refused_or_said(compress, tmp_path, text)
     assert not Path("a").exists()
     said = compress("--welore-rank", 50, "--welore-calibrate", text, "--out", "b")
     assert "windows of the 128 asked for" in said
+    few = ("--max-length", 16, "--welore-samples", 1)
+    said = compress("--welore-rank", 50, "--welore-calibrate", text, *few, "--out", "c", code=2)
+    assert "raise --welore-samples" in said
     result = json.loads(Path("b/result.json").read_text())
     assert result["calibration_tokens"] == 128 * result["calibration_windows"] > 172
 
@@ -379,7 +389,7 @@ def test_refuses_windows_longer_than_the_model(command, lowrank, stories, text):
     flags = ("--model", stories, "--dataset", text, "--max-length", 1024, "--out", "run")
     code, _, err = lowrank(command, *flags, *more)
     assert code == 2, err
-    assert "add --max-length 512" in err
+    assert "take --max-length 512" in err
     assert not Path("run").exists()
 
 
@@ -396,15 +406,88 @@ def test_names_the_file_that_is_damaged(command, lowrank, stories, tmp_path):
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("command", ["compress", "svd-dump"])
+def test_names_the_part_of_a_model_that_is_missing(command, lowrank, stories, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="400KB")
+    gone = sorted((tmp_path / "parts").glob("model-*.safetensors"))[1]
+    gone.unlink()
+    more = ("--eval-tokens", 0, "--welore-rank", 50) if command == "compress" else ()
+    code, _, err = lowrank(command, "--model", tmp_path / "parts", "--out", "run", *more)
+    assert code == 1, err
+    assert f"{gone.name} cannot be read" in err
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text("{")
+    code, _, err = lowrank(command, "--model", tmp_path / "parts", "--out", "run", *more)
+    assert code == 1, err
+    assert "index.json is damaged" in err
+    assert not Path("run").exists()
+
+
 def test_refuses_spectra_that_the_rule_does_not_read(compress, lowrank, stories):
     assert lowrank("svd-dump", "--model", stories, "--out", "dump", "--no-plots")[0] == 0
-    said = compress("--welore-param-budget", 0.7, "--spectra", "dump", "--out", "run", code=2)
-    assert "the rule budget does not read them" in said
+    for more in ((), ("--dry-run",)):
+        said = compress("--welore-param-budget", 0.7, "--spectra", "dump", "--out", "run", *more, code=2)
+        assert "the rule budget does not read them" in said
 
 
-def test_refuses_what_is_no_language_model(compress, tmp_path):
+def test_a_runs_own_short_text_is_not_used(lowrank, stories, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(stories, tmp_path / "run" / "model")
+    (tmp_path / "few.txt").write_text("a tree " * 40)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    settings = f"command: pretrain\ndataset: {tmp_path}/few.txt\nvalidation_dataset: {tmp_path}/few.txt\n"
+    (tmp_path / "run" / "config.yaml").write_text(settings)
+    flags = ("--max-length", 64, "--eval-tokens", 100, "--no-plots", "--json", "--out", "small")
+    code, out, err = lowrank("compress", "--model", tmp_path / "run", *flags)
+    assert code == 0, err
+    assert "too short to calibrate" in err
+    result = json.loads(out)
+    assert result["weighting"] == "none"
+    assert result["calibration_text"] is None
+
+
+def test_windows_are_no_longer_than_the_model_by_themselves(lowrank, text, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=2, vocab_size=512, max_position_embeddings=128)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "short")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(text.parent / name, tmp_path / "short")
+    code, out, err = lowrank("compress", "--model", tmp_path / "short", "--dataset", text, "--json", "--out", "run")
+    assert code == 0, err
+    assert json.loads(out)["evaluated_tokens_after"] % 127 == 0
+
+
+def test_sigterm_leaves_no_scratch_and_says_how_the_run_ended(stories, text, tmp_path):
+    """A real process, ended while its decompositions are on disk."""
+    script = """
+import os, signal, sys
+from lowrank_cli.compress import decomposition, pipeline
+from lowrank_cli.main import main
+
+def stopped(model, targets, ranks, store, form):
+    assert list(store.shelf.folder.iterdir())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+pipeline.Store = lambda folder: decomposition.Store(folder, budget=0)
+pipeline.factor = stopped
+sys.exit(main(sys.argv[1:]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, "compress", "--model", stories, "--welore-calibrate", text, "--dataset", text,
+         "--max-length", "128", "--out", tmp_path / "run"],
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert not list((tmp_path / "run").glob(".decompositions*"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_refuses_what_is_no_language_model(more, compress, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
-    said = compress("--welore-rank", 50, "--out", "run", code=2, model=tmp_path)
+    said = compress("--welore-rank", 50, "--out", "run", *more, code=2, model=tmp_path)
     assert "not a causal language model" in said
     assert not Path("run").exists()
 
@@ -460,14 +543,19 @@ def test_dry_run_reads_no_weights(compress, stories, text, tmp_path, monkeypatch
     weighted = compress(*flags, "--welore-calibrate", text, model=tmp_path / "bare")
     widths = [(m, n) for m, n in weighted["linears"].values()]
     assert weighted["bytes"]["second moments"] == sum(8 * (m * m + n * n) for m, n in widths)
+    # two bases of the shorter side, up to the largest rank that makes a linear smaller
+    largest = [-(-m * n // (m + n)) - 1 for m, n in widths]
+    bases = sum(2 * 8 * min(shape) * rank for shape, rank in zip(widths, largest, strict=True))
+    assert weighted["bytes"]["decompositions, on disk beyond 4 GiB"] == bases
     monkeypatch.setattr(plan, "HELD", 1_000_000)
     layers = compress(*flags, "--welore-calibrate", text, "--welore-samples", 4, model=tmp_path / "bare")
+    assert layers["bytes"]["second moments, of a layer"] == weighted["bytes"]["second moments"] // 5
     # five layers' inputs and what is passed: windows x tokens x width x 4 bytes
     assert layers["bytes"]["layers' inputs, on disk beyond 4 GiB"] == 6 * 4 * 128 * 64 * 4
     assert not Path("run").exists()
 
 
-def test_dry_run_says_what_is_skipped_and_what_is_merged(compress, tmp_path):
+def test_dry_run_says_what_is_skipped_and_what_is_merged(compress, lowrank, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(

@@ -46,14 +46,14 @@ def finetune(lowrank, model, *more, code: int = 0):
         ({"paper": True}, "needs a rank reduction"),
         ({"paper": True, "rank": 50, "pifa": True}, "not in the paper"),
         ({"paper": True, "param_budget": 0.5}, "not in the paper"),
-        ({"weighting": "none", "calibrate": "stdlib"}, "there is none"),
+        ({"weighting": "none", "calibrate": "stdlib"}, "uses no text"),
         ({"weighting": "none", "samples": 4}, "there is none"),
         ({"paper": True, "rank": 50, "calibrate": "stdlib"}, "not in the paper"),
         ({"paper": True, "rank": 50, "weighting": "input"}, "not in the paper"),
         ({"paper": True, "rank": 50, "allocation": "uniform"}, "not in the paper"),
         ({"min_ratio": 0.3}, "this one is budget"),
         ({"rank": 50, "allocation": "energy", "min_ratio": 0.3}, "this one is energy"),
-        ({"train_norms": True}, "of lowrank finetune"),
+        ({"train_norms": True}, "a setting of lowrank finetune"),
         ({"counting": "all", "param_budget": 0.5}, "with a rank"),
         ({"counting": "all", "rank": 50, "allocation": "uniform"}, "with a rank"),
         ({"rank": 0}, "larger than 0"),
@@ -70,8 +70,17 @@ def test_refuses_settings_that_do_not_go_together(flags, message):
 @pytest.mark.parametrize("name", ["rank", "pifa", "calibrate", "min_ratio"])
 def test_finetune_refuses_settings_of_a_compression(name):
     given = {"rank": 30, "pifa": True, "calibrate": "stdlib", "min_ratio": 0.2}
-    with pytest.raises(UsageError, match=f"--welore-{name.replace('_', '-')}.* is of lowrank compress"):
+    with pytest.raises(UsageError, match=f"--welore-{name.replace('_', '-')} is a setting of lowrank compress"):
         resolve("finetune", {"method": "welore"}, {"welore": {name: given[name]}})
+
+
+def test_a_file_may_hold_settings_of_both_commands_and_old_defaults(tmp_path):
+    """A run's own config.yaml has every setting, at the defaults of its day."""
+    file = tmp_path / "both.yaml"
+    file.write_text("method: welore\nwelore:\n  rank: 50\n  damping: 0.5\n  train_norms: true\n  weighting: none\n")
+    for command in ("compress", "finetune"):
+        found = resolve(command, {"model": "somewhere"}, {}, config_file=str(file)).methods["welore"]
+        assert (found.rank, found.damping, found.train_norms) == (50, 0.5, True)
 
 
 def test_a_dense_model_has_nothing_to_train(lowrank, stories, news):
