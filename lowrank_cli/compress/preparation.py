@@ -123,7 +123,7 @@ def outline(config: RunConfig) -> Outline:
             "drop it, or add --welore-allocation welore",
         )
     reading = calibrating is not None or config.compress.eval_tokens > 0
-    length = window_length(architecture, config.compress.max_length if reading else None)
+    length = window_length(architecture, config.compress.max_length if reading else None, own)
     return Outline(config, part, source, architecture, merging, own, weighting, calibrating, length)
 
 

@@ -232,11 +232,12 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
     if not config.spectra.gradients:
         return []
     offline = config.common.offline
-    own = None if config.spectra.dataset else text_of_run(source.location)
+    trained = text_of_run(source.location)
+    own = None if config.spectra.dataset else trained
     text = own or DataConfig(**({"dataset": config.spectra.dataset} if config.spectra.dataset else {}))
     model = reader.load()
     tokenizer = tokenizer_for(source, model, offline, needed=True)
-    length = window_length(model.config, config.spectra.max_length)
+    length = window_length(model.config, config.spectra.max_length, trained)
     return windows(
         text, "train", tokenizer, length=length, count=config.spectra.gradients, offline=offline,
         flag="--dataset", whole=own is None,

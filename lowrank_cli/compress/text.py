@@ -26,13 +26,13 @@ BATCH = 4
 
 
 def text_of_run(location: str) -> DataConfig | None:
-    """The text that a run was trained on, if the weights are in a run folder that is still whole."""
+    """The text that a run was trained on and the length of its windows, if the weights are in a run folder."""
     from lowrank_cli.config import read_yaml
 
     for folder in (Path(location).parent, Path(location).parent.parent):
         if (folder / "run.json").is_file() and (folder / "config.yaml").is_file():
             settings = read_yaml(folder / "config.yaml")
-            keys = ("dataset", "dataset_config", "validation_dataset", "text_field")
+            keys = ("dataset", "dataset_config", "validation_dataset", "text_field", "max_length")
             found = {key: settings[key] for key in keys if settings.get(key) is not None}
             return DataConfig(**found) if settings.get("command") == "pretrain" else None
     return None
@@ -51,9 +51,13 @@ def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, need
     return tokenizer
 
 
-def window_length(config: PretrainedConfig, asked: int | None) -> int:
-    """Tokens in a window: what was asked for, else LENGTH or the model's positions if it has fewer.
+def window_length(config: PretrainedConfig, asked: int | None, own: DataConfig | None) -> int:
+    """Tokens in a window: what was asked for, else the run's own, else LENGTH; no more than the model has positions.
 
+    Args:
+        config: the model's.
+        asked: by the user.
+        own: what the model was trained on, if it is a run's: further on it was never trained.
     Raises:
         UsageError: more was asked for than it has.
     """
@@ -64,7 +68,7 @@ def window_length(config: PretrainedConfig, asked: int | None) -> int:
             f"windows of {asked} tokens are too long for a model of {positions} positions",
             f"take --max-length {positions}, or drop it",
         )
-    return min(LENGTH, positions) if asked is None else asked
+    return min(own.max_length if own else LENGTH, positions) if asked is None else asked
 
 
 def windows(

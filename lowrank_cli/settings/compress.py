@@ -18,7 +18,7 @@ class CompressConfig:
         "or stdlib",
     )
     max_length: int | None = option(
-        None, "tokens in a window of text; 512, or the model's positions if it has fewer", min=2
+        None, "tokens in a window of text; a run's own, or 512, or the model's positions if it has fewer", min=2
     )
     eval_tokens: int = option(30_000, "tokens of that text; 0 measures nothing", min=0, count=True)
     spectra: str | None = option(None, "singular values from an earlier svd-dump: its folder or a published .pt file")
@@ -32,7 +32,7 @@ class SpectraConfig:
     gradients: int = option(0, "windows of text whose mean gradient's singular values are taken too", min=0)
     dataset: str | None = option(None, "that text, as --dataset of pretrain; a run's own training text, or stdlib")
     max_length: int | None = option(
-        None, "tokens in a window of text; 512, or the model's positions if it has fewer", min=2
+        None, "tokens in a window of text; a run's own, or 512, or the model's positions if it has fewer", min=2
     )
     published: bool = option(False, "write the layout of WeLore's published files too: singular_values.pt")
     plots: bool = option(True, "draw plots/*.png")

@@ -319,6 +319,13 @@ def test_weighs_by_the_text_of_the_run_that_made_the_model(compress, lowrank, ti
     result = json.loads(out)
     assert result["weighting"] == "two-sided"
     assert result["calibration_text"] == result["evaluation_text"] == tiny_flags[1]
+    # in windows as long as those that it was trained on, not in 512 tokens
+    more = ("--eval-tokens", 500, "--welore-samples", 4, "--json", "--no-plots", "--out", "again")
+    code, out, err = lowrank("compress", "--model", "runs/one", *more)
+    assert code == 0, err
+    again = json.loads(out)
+    assert again["calibration_tokens"] == result["calibration_tokens"] == 4 * 64
+    assert again["perplexity_before"] == result["perplexity_before"]
 
 
 @pytest.mark.parametrize(
