@@ -20,7 +20,7 @@ class CompressConfig:
     max_length: int | None = option(
         None, "tokens in a window of text; a run's own, or 512, or the model's positions if it has fewer", min=2
     )
-    eval_tokens: int = option(30_000, "tokens of that text; 0 measures nothing", min=0, count=True)
+    eval_tokens: int = option(50_000, "tokens of that text; 0 measures nothing", min=0, count=True)
     spectra: str | None = option(None, "singular values from an earlier svd-dump: its folder or a published .pt file")
     plots: bool = option(True, "draw the map of ranks as plots/*.png")
 
