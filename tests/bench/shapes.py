@@ -1,13 +1,14 @@
 """Models by their shapes, with random weights."""
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-class Shape(Protocol):
-    """What a bench says of its model."""
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a LLaMA."""
 
     hidden: int
     intermediate: int
@@ -15,6 +16,9 @@ class Shape(Protocol):
     heads: int
     kv_heads: int
     vocabulary: int
+
+
+SMOLLM2_135M = Shape(576, 1536, 30, 9, 3, 49152)
 
 
 def random_llama(shape: Shape) -> LlamaForCausalLM:

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 from comparison import Bar, Comparison, Settings, answer, console, in_alternation, in_process
-from shapes import random_llama
+from shapes import SMOLLM2_135M, Shape, random_llama
 from torch import nn
 
 from lowrank_cli import methods
@@ -43,12 +43,7 @@ class Problem:
     """A model's shape, the sizes of the bank, a micro-batch, their numbers in an update, updates in a measurement."""
 
     name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
+    shape: Shape
     vector_length: int
     banks: tuple[int, ...]
     batch: int
@@ -57,9 +52,9 @@ class Problem:
     steps: int
 
 
-STORIES = Problem("stories260K", 64, 172, 5, 8, 4, 512, 4, (90, 256), 4, 128, (1, 4), 4)
-SMOLLM = Problem("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, 192, (90, 256), 1, 128, (1, 4), 1)
-TINY = Problem("tiny", 32, 48, 1, 4, 2, 64, 8, (8,), 16, 256, (1,), 1)
+STORIES = Problem("stories260K", Shape(64, 172, 5, 8, 4, 512), 4, (90, 256), 4, 128, (1, 4), 4)
+SMOLLM = Problem("SmolLM2-135M", SMOLLM2_135M, 192, (90, 256), 1, 128, (1, 4), 1)
+TINY = Problem("tiny", Shape(32, 48, 1, 4, 2, 64), 8, (8,), 16, 256, (1,), 1)
 
 
 def compare(settings: Settings) -> list[Comparison]:
@@ -78,7 +73,7 @@ def compare(settings: Settings) -> list[Comparison]:
 def speed(problem: Problem, num_vectors: int, passes: int, settings: Settings) -> list[Comparison]:
     """Tokens per second of an update, against both peers and the frozen model."""
     steps = settings.steps or problem.steps
-    base = random_llama(problem).requires_grad_(False)
+    base = random_llama(problem.shape).requires_grad_(False)
     sides = {
         name: step_of(name, problem, num_vectors, passes, copy.deepcopy(base)) for name in (OURS, PEFT, LORA, NOTHING)
     }
@@ -119,7 +114,7 @@ def memory(problem: Problem, num_vectors: int, settings: Settings) -> list[Compa
 def step_of(side: str, problem: Problem, num_vectors: int, passes: int, model: nn.Module) -> Callable[[], None]:
     """One update of a side, which changes the model in place: forward and backward passes, optimizer step."""
     torch.manual_seed(1)
-    tokens = torch.randint(problem.vocabulary, (problem.batch, problem.length))
+    tokens = torch.randint(problem.shape.vocabulary, (problem.batch, problem.length))
 
     def backward() -> None:
         for _ in range(passes):
@@ -180,7 +175,7 @@ def measure_memory() -> None:
     """The other end of `memory`."""
     side, (name, num_vectors, passes) = sys.argv[2], json.loads(sys.argv[3])
     problem = next(p for p in (STORIES, SMOLLM, TINY) if p.name == name)
-    base = random_llama(problem).requires_grad_(False)
+    base = random_llama(problem.shape).requires_grad_(False)
     # libraries, threads and the kernels' own memory are there before the count begins
     probe(base)
     start = psutil.Process().memory_info().rss

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 from comparison import Bar, Comparison, Settings, answer, console, in_alternation, in_process
-from shapes import random_llama
+from shapes import SMOLLM2_135M, Shape, random_llama
 from torch import nn
 
 from lowrank_cli import methods
@@ -37,19 +37,14 @@ RANKS = {"q_proj": 0.23, "o_proj": 0.34, "gate_proj": 0.32, "down_proj": 0.36}
 class Problem:
     """A model's shape, a micro-batch, updates in a measurement."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
+    shape: Shape
     batch: int
     length: int
     steps: int
 
 
-SMOLLM = Problem(576, 1536, 30, 9, 3, 49152, 1, 256, 2)
-TINY = Problem(32, 64, 2, 4, 2, 64, 2, 32, 1)
+SMOLLM = Problem(SMOLLM2_135M, 1, 256, 2)
+TINY = Problem(Shape(32, 64, 2, 4, 2, 64), 2, 32, 1)
 
 
 def compare(settings: Settings) -> list[Comparison]:
@@ -97,7 +92,7 @@ def step_of(side: str, problem: Problem) -> Callable[[], None]:
     if side == OURS:
         method(method.Config()).wrap(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    tokens = torch.randint(problem.vocabulary, (problem.batch, problem.length))
+    tokens = torch.randint(problem.shape.vocabulary, (problem.batch, problem.length))
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -109,7 +104,7 @@ def step_of(side: str, problem: Problem) -> Callable[[], None]:
 
 def model_of(side: str, problem: Problem) -> nn.Module:
     """The dense model, or that with low-rank linears in it."""
-    model = random_llama(problem)
+    model = random_llama(problem.shape)
     for name, linear in select(model, None).items() if side != DENSE else ():
         share = RANKS.get(name.rpartition(".")[2])
         if share is not None:
