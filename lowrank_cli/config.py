@@ -202,6 +202,7 @@ def resolve(
     run = RunConfig(command=command, method="+".join(p.name for p in parts), methods=configs, **sections)
     for part in parts:
         method = part(configs[part.name])
+        method.refuse(run)
         method.check(run)
         method.refuse_unused(run, frozenset(k for k, v in method_given.get(part.name, {}).items() if v is not None))
     return run

@@ -2,7 +2,7 @@
 
 from functools import cache
 from importlib import import_module
-from pathlib import Path
+from pkgutil import iter_modules
 
 from lowrank_cli.errors import UsageError, unknown
 from lowrank_cli.methods.base import Method
@@ -13,7 +13,7 @@ ORDER = ("weights", "activations", "gradients")
 @cache
 def names() -> tuple[str, ...]:
     """The name of every method, which is the name of its file."""
-    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "base")))
+    return tuple(sorted(module.name for module in iter_modules(__path__) if module.name != "base"))
 
 
 def check_name(name: str) -> str:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowrank_cli.errors import UsageError
 from lowrank_cli.optim import state_bytes
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Method:
     defaults: ClassVar[dict[str, Any]] = {}  # plain settings that differ with this method, such as lr
     command_defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # command -> what differs from those there
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model preset -> settings of this method
+    refuses: ClassVar[dict[str, str]] = {}  # flag as it is typed, such as --per-layer -> why it does not go with this
     adapter: ClassVar[bool] = False  # the base is frozen; what trains is saved apart from it, as PEFT's files
     command: str = ""  # the one that runs it, for what differs between them; `apply_methods` sets it
 
@@ -62,6 +64,14 @@ class Method:
     def is_adapter(self) -> bool:
         """Whether these settings train an adapter on a frozen base."""
         return self.adapter
+
+    def refuse(self, run: RunConfig) -> None:
+        """Raise UsageError for a setting of the run that the class names in `refuses`."""
+        settings = run.flat()
+        for flag, why in self.refuses.items():
+            name, _, value = flag.removeprefix("--").partition(" ")
+            if str(settings.get(name.replace("-", "_"))) == (value or "True"):
+                raise UsageError(f"{self.name} does not go with {flag}: {why}", f"leave out {flag}")
 
     def check(self, run: RunConfig) -> None:
         """Called when a configuration has been resolved: raises UsageError for settings that do not go together."""

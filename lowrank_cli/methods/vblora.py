@@ -45,6 +45,9 @@ class VBLoRA(Method):
     summary = "tiny adapters, composed from one shared bank of vectors"
     acts_on = frozenset({"weights"})
     commands = frozenset({"finetune"})
+    refuses = {
+        "--per-layer": "every linear takes its factors from the same bank, so no gradient is whole before the last one"
+    }
     adapter = True
     # the head's, for RoBERTa-base on SST-2 and MRPC; bank and logits have their own
     defaults = {"lr": 4e-3, "scheduler": "linear"}
@@ -77,12 +80,6 @@ class VBLoRA(Method):
         )
 
     def check(self, run: RunConfig) -> None:
-        if run.optim.per_layer:
-            raise UsageError(
-                "vblora does not go with --per-layer: every linear takes its factors from the same bank, so no "
-                "gradient is whole before the last one",
-                "leave out --per-layer",
-            )
         if self.config.topk > self.config.num_vectors:
             raise UsageError(
                 f"--vblora-topk {self.config.topk} is more than the {self.config.num_vectors} vectors of the bank",

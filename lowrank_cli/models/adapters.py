@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_cli.errors import UsageError
+from lowrank_cli.ops.precision import wide
 
 NAME = "default"
 PREFIX = "base_model.model."
@@ -28,7 +29,7 @@ def inject(model: nn.Module, config: PeftConfig) -> None:
         for p in model.parameters():
             if p.requires_grad and p.is_floating_point():
                 # in bfloat16 the small updates of a fine-tuning would round to nothing; PEFT casts the input
-                p.data = p.data.float()
+                p.data = p.data.to(wide(p.dtype))
     except ValueError as error:
         raise UsageError(
             f"the adapter does not fit this model: {' '.join(str(error).split())}", "name other targets"

@@ -9,6 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from lowrank_cli.ops.loss import chunked_cross_entropy
 from lowrank_cli.ops.loss import num_targets as count_targets
+from lowrank_cli.ops.precision import wide
 
 # model_type of architectures whose logits are lm_head(hidden states) and nothing more: no scale, no soft cap.
 # A test compares each with the model's own loss; a new one belongs here only with that test.
@@ -45,7 +46,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: i
             attention_mask and position_ids.
         num_targets: divides the sum instead of the batch's own number of targets, see `chunked_cross_entropy`.
     Returns:
-        A float32 scalar.
+        A float32 scalar (float64 for float64 weights).
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
@@ -55,8 +56,8 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: i
     if takes_chunked_path(model):
         return chunked_loss(model, inputs, labels, num_targets)
     logits = model(**inputs, use_cache=False)[0]  # (B, T, V)
-    logits, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
-    total = F.cross_entropy(logits, targets, reduction="sum")
+    logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
+    total = F.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction="sum")
     divisor = count_targets(labels) if num_targets is None else num_targets
     return total / torch.as_tensor(divisor, device=total.device).clamp(min=1)
 

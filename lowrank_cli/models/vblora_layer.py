@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.ops.adapted_linear import Factors, adapted_linear, add_low_rank
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.ops.vector_bank import compose, compose_backward, select
 
 # the attribute of the model that holds its adapters
@@ -55,7 +56,8 @@ class VectorBank(nn.Module):
         sizes: (in, out) of each linear, by name.
         shape: the adapter's numbers; `vector_length` divides every size.
         dropout: of the adapter's input, in training.
-        compute_dtype: of the composed factors: the model's. Parameters and gradient sums are float32.
+        compute_dtype: of the composed factors: the model's. Parameters and gradient sums are float32,
+            or float64 for a float64 model.
         device: of everything; random values are drawn on the CPU, whatever it is.
         bound: the bank is drawn from U(-bound, bound).
         std: the logits are drawn from N(0, std^2).
@@ -79,6 +81,7 @@ class VectorBank(nn.Module):
         self.shape, self.dropout = shape, dropout
         self.head: frozenset[str] = frozenset()  # parameters of the model that were loaded with the adapter
         self.slots: dict[str, Slot] = {}
+        precision = wide(compute_dtype)
         end = 0
         for name, (n, m) in sizes.items():
             start, middle = end, end + shape.rank * n // shape.vector_length
@@ -86,17 +89,17 @@ class VectorBank(nn.Module):
             self.slots[name] = Slot(n, m, start, middle, end)
         drawn_on = device if torch.device(device).type == "meta" else "cpu"
         bank = torch.empty(shape.num_vectors, shape.vector_length, device=drawn_on).uniform_(-bound, bound)
-        self.vector_bank = nn.Parameter(bank.to(device), requires_grad=selection is None)
+        self.vector_bank = nn.Parameter(bank.to(device, precision), requires_grad=selection is None)
         if selection is None:
             logits = torch.empty(end, shape.num_vectors, device=drawn_on).normal_(0, std)
-            self.logits = nn.Parameter(logits.to(device))
+            self.logits = nn.Parameter(logits.to(device, precision))
         else:
             self.register_parameter("logits", None)
         self.register_buffer("indices", selection and selection[0].to(device))
-        self.register_buffer("weights", selection and selection[1].float().to(device))
+        self.register_buffer("weights", selection and selection[1].to(device, precision))
         size = (end, shape.vector_length)
         self.register_buffer("composed", torch.empty(size, dtype=compute_dtype, device=device), persistent=False)
-        self.register_buffer("accumulated", torch.zeros(size, device=device), persistent=False)
+        self.register_buffer("accumulated", torch.zeros(size, dtype=precision, device=device), persistent=False)
         self._changed()
 
     @property
@@ -278,10 +281,10 @@ def merge(model: nn.Module) -> None:
         for key in adapters.active if is_adapted else ():
             if name in adapters[key].slots:
                 # a sum in 16 bit would round twice
-                wide = torch.promote_types(module.weight.dtype, torch.float32)
-                factors = adapters[key].factors(name).to(wide)
+                precision = wide(module.weight.dtype)
+                factors = adapters[key].factors(name).to(precision)
                 delta = factors.b.mT @ factors.a  # (m, n)
-                module.weight.copy_(module.weight.to(wide) + (delta.mT if isinstance(module, Conv1D) else delta))
+                module.weight.copy_(module.weight.to(precision) + (delta.mT if isinstance(module, Conv1D) else delta))
     if hasattr(model, ATTRIBUTE):
         delattr(model, ATTRIBUTE)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.ops.replicas import Replicas
 from lowrank_cli.ops.velora_linear import compress, velora_linear
 
@@ -29,7 +30,7 @@ class Compressor:
 
     def __init__(self, num_groups: int, init: str, seed: int):
         self.num_groups, self.init, self.seed = num_groups, init, seed
-        self.vector: Tensor | None = None  # (M,), float32
+        self.vector: Tensor | None = None  # (M,), float32 or float64
         self.users = 0  # linears that call this with the same tensor
         self._last: tuple[weakref.ref, Tensor, int] | None = None  # the tensor, its compressed form, calls to come
         self.replicas: Replicas | None = None  # processes that have to find the same vector
@@ -52,10 +53,10 @@ class Compressor:
         return kept, self.vector
 
     def _find(self, x: Tensor) -> Tensor:
-        subtokens = x.float().reshape(-1, x.shape[-1] // self.num_groups)  # (N G, M)
+        subtokens = x.to(wide(x.dtype)).reshape(-1, x.shape[-1] // self.num_groups)  # (N G, M)
         if self.init == "random":
             generator = torch.Generator().manual_seed(self.seed)
-            vector = torch.randn(subtokens.shape[1], generator=generator).to(x.device)
+            vector = torch.randn(subtokens.shape[1], generator=generator).to(subtokens)
         elif self.init == "svd":
             vector = torch.linalg.eigh(self._total(subtokens.mT @ subtokens)).eigenvectors[:, -1]
             if self.replicas is not None:

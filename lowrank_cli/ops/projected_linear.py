@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_cli.ops.precision import wide
+
 
 def projected_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, bases: dict[str, Tensor], sink: Callable[..., None], *,
@@ -64,6 +66,6 @@ class _ProjectedLinear(torch.autograd.Function):
 
 def row_products(dy: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """<G_i, W_i> (m,) of every row: sum_t dY_ti (y_ti - b_i), with dY (N, m) and y (..., m); float32 or wider."""
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    dots = (dy * y.reshape(dy.shape)).sum(0, dtype=wide)
-    return dots if bias is None else dots - bias.to(wide) * dy.sum(0, dtype=wide)
+    precision = wide(dy.dtype)
+    dots = (dy * y.reshape(dy.shape)).sum(0, dtype=precision)
+    return dots if bias is None else dots - bias.to(precision) * dy.sum(0, dtype=precision)

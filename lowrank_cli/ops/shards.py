@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.ops.replicas import Replicas, rows_of
 
 
@@ -81,9 +82,7 @@ class Shard(Whole):
         return own_rows(whole, self.replicas).clone()
 
     def summed(self, low_rank_grad: Tensor) -> Tensor:
-        # as everywhere, gradients of 16 bits are summed in 32
-        narrow = low_rank_grad.element_size() < 4
-        return self.replicas.scattered_sum(low_rank_grad.float() if narrow else low_rank_grad)
+        return self.replicas.scattered_sum(low_rank_grad.to(wide(low_rank_grad.dtype)))
 
     def settled(self, low_rank_grad: Tensor, bases: dict[str, Tensor]) -> Tensor:
         return self.summed(low_rank_grad) if "left" in bases else low_rank_grad

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim.base import LARGEST, ProjectedOptimizer
 
 
@@ -95,7 +96,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             raise ValueError("Adafactor's factored moments cannot be rotated: take moments='keep' or 'reset'")
 
     def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
-        make = {"dtype": torch.float32, "device": grad.device}
+        make = {"dtype": wide(grad.dtype), "device": grad.device}
         if group["beta1"] is not None:
             state["exp_avg"] = torch.zeros(grad.shape, **make)
         if grad.dim() >= 2:

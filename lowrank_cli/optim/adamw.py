@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim.base import ProjectedOptimizer
 from lowrank_cli.optim.factored import factored_adamw_
 from lowrank_cli.optim.fused import FusedAdam
@@ -32,8 +33,8 @@ def adamw_(
     same number. No weight decay here.
 
     Args:
-        targets: float32 tensors to change: weights, or zeros that then hold the update itself.
-        grads: float32, one for each target, of its shape.
+        targets: float32 or float64 tensors to change: weights, or zeros that then hold the update itself.
+        grads: one for each target, of its shape and dtype.
         exp_avgs: first moments M, updated in place.
         exp_avg_sqs: second moments V, updated in place.
         step: t, counted from 1.
@@ -82,8 +83,9 @@ def rotate(
 class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
     """AdamW whose groups may be projected; takes the groups of the PyPI package `galore-torch`.
 
-    GaLore, arXiv:2403.03507, Alg. 2. Moments are float32 and kept as they are when the basis is refreshed. Unlike
-    galore-torch: the basis owns only its r columns, no full-size temporary is made, and the state is plain tensors.
+    GaLore, arXiv:2403.03507, Alg. 2. Moments are float32, or float64 for float64 weights, and kept as they are when
+    the basis is refreshed. Unlike galore-torch: the basis owns only its r columns, no full-size temporary is made, and
+    the state is plain tensors.
 
     Args:
         params: parameters or groups; a group with `rank` is projected: `update_proj_gap` (200) steps between
@@ -127,8 +129,8 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
         )
 
     def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
-        state["exp_avg"] = torch.zeros_like(grad, dtype=torch.float32)
-        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(grad, dtype=wide(grad.dtype))
+        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=wide(grad.dtype))
 
     def _rule(
         self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.errors import MissingError
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim.adamw import adamw_, rotate
 from lowrank_cli.optim.base import LARGEST, ProjectedOptimizer
 from lowrank_cli.optim.fused import FusedAdam
@@ -83,7 +84,7 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
         size = grad.numel() if height is None else height * math.prod(grad.shape[1:])
         for key in ("exp_avg", "exp_avg_sq"):
             if size < group["min_8bit_size"]:
-                state[key] = torch.zeros_like(grad, dtype=torch.float32)
+                state[key] = torch.zeros_like(grad, dtype=wide(grad.dtype))
             else:
                 # zero is an entry of the signed code and of the unsigned one, so the first scale does not matter
                 blocks = -(-grad.numel() // BLOCK)
@@ -107,10 +108,15 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
             # a process may have no rows of a tensor
             return
         signed, unsigned = self._codes(grad.device)
+        # bitsandbytes has no float64, and codes of 8 bits do not need it
+        narrow = target if target.dtype == torch.float32 else torch.zeros_like(target, dtype=torch.float32)
         self.functional.optimizer_update_8bit_blockwise(
-            "adam", grad, target, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0, group["eps"],
-            state["step"], group["lr"], signed, unsigned, state["exp_avg_scale"], state["exp_avg_sq_scale"], 0.0, 1.0,
+            "adam", grad.float(), narrow, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0,
+            group["eps"], state["step"], group["lr"], signed, unsigned, state["exp_avg_scale"],
+            state["exp_avg_sq_scale"], 0.0, 1.0,
         )  # fmt: skip
+        if narrow is not target:
+            target.add_(narrow)
 
     def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
         keys = ("exp_avg", "exp_avg_sq")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli import console
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.factored import factored_sign_
 from lowrank_cli.optim.projection import expand_add_, expand_add_rounded_, project, sides, stochastic_round, unfold
@@ -114,7 +115,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _rule(
         self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
     ) -> None:
-        """Adds -lr times the rule's direction to each float32 target in place; all states are at the same step.
+        """Adds -lr times the rule's direction to each float32 or float64 target in place; all states are at the same
+        step.
 
         A target is the weight itself, or zeros of the projected gradient's shape; `params` are the weights.
         """
@@ -214,7 +216,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _add(self, p: Tensor, low_rank_grad: Tensor) -> None:
         total = self.low_rank_grads.get(p)
         if total is None:
-            self.low_rank_grads[p] = low_rank_grad.float()
+            self.low_rank_grads[p] = low_rank_grad.to(wide(low_rank_grad.dtype))
         else:
             total.add_(low_rank_grad)
 
@@ -230,7 +232,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if self.is_due(p):
             self._refresh(p, state, group)
         bases = self.bases(p)
-        # the moments, and the arithmetic on them, are float32 whatever the dtype of the weight
+        # the moments, and the arithmetic on them, are never narrower than float32
         if p.grad is not None:
             # the whole gradient, or the part of it that did not come through a projected linear
             self.collect(p, bases)
@@ -368,7 +370,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         again, change = any(f"basis_{side}" in state for side in bases), {}
         if again and group["moments"] == "rotate":
             # old^T new, (r, r)
-            change = {side: old.float().mT @ bases[side].float() for side, old in self.whole_bases(p).items()}
+            wider = wide(p.dtype)
+            change = {side: old.to(wider).mT @ bases[side].to(wider) for side, old in self.whole_bases(p).items()}
         state.update({f"basis_{side}": self.layouts[p].own_basis(new) for side, new in bases.items()})
         if again and group["moments"] == "reset":
             del state["step"]
@@ -405,8 +408,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 state["step"] = 0
                 self._init_state(state, p.grad, group, self.layouts[p].height(p.grad, {}))
             state["step"] += 1
-            if p.dtype == torch.float32:
-                together.setdefault((state["step"], p.device), []).append(p)
+            if p.dtype == wide(p.dtype):
+                together.setdefault((state["step"], p.device, p.dtype), []).append(p)
             else:
                 self._step_rounded(p, state, group)
         for same in together.values():

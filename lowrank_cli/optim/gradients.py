@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.ops.projected_linear import projected_linear
 from lowrank_cli.ops.shards import layout
 
@@ -81,11 +82,12 @@ class Gradients:
 
     def _total_norm(self, left: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Of parts of gradients, with their parameters, and of what per-layer steps have seen already."""
-        return (nn.utils.get_total_norm([part for _, part in left]).float().square() + sum(self.squares)).sqrt()
+        norm = nn.utils.get_total_norm([part for _, part in left])
+        return (norm.to(wide(norm.dtype)).square() + sum(self.squares)).sqrt()
 
     def _square(self, p: Tensor, part: Tensor) -> Tensor:
         """What a part of a tensor's gradient adds to the square of the norm."""
-        return part.float().square().sum()
+        return part.to(wide(part.dtype)).square().sum()
 
     def step(self) -> None:
         """Update what has not been updated yet, and free its gradients."""

@@ -1,9 +1,9 @@
 """The refresh of a basis: which subspace the gradient is projected to next, found exactly or cheaply.
 
 Shapes: a gradient G is (m, n); the rank is r; a left basis P is (m, r), a right basis Q is (n, r), orthonormal.
-Everything is computed in float32 (float64 where the first try fails); a gradient whose squares would overflow or
-underflow is scaled first. GaLore, arXiv:2403.03507, Alg. 2, takes `svd`; the other engines find nearly the same
-subspace at a fraction of the cost.
+Everything is computed in float32 (float64 for float64 gradients, and where the first try fails); a gradient whose
+squares would overflow or underflow is scaled first. GaLore, arXiv:2403.03507, Alg. 2, takes `svd`; the other engines
+find nearly the same subspace at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from lowrank_cli.ops.precision import wide
 
 # power iterations: of a randomized start, of a warm one
 COLD_ROUNDS, WARM_ROUNDS = 2, 1
@@ -61,10 +63,10 @@ def find_basis(
     if largest != largest or largest == float("inf"):
         raise FloatingPointError(f"the gradient of {name or 'a projected tensor'} is not finite at a refresh")
     if largest and not SAFE[0] < largest < SAFE[1]:
-        matrix = (grad / largest).float() if grad.dtype == torch.float64 else grad.float() / largest
+        matrix = grad.to(wide(grad.dtype)) / largest
     else:
-        matrix = grad.float()
-    warm = None if old is None or old.shape != (size, rank) else old.float()
+        matrix = grad.to(wide(grad.dtype))
+    warm = None if old is None or old.shape != (size, rank) else old.to(matrix.dtype)
     basis = None
     if largest:
         for attempt in (of_gram if engine == "of_gram" else ENGINES[engine], _double):
@@ -78,7 +80,7 @@ def find_basis(
         if basis is None:
             warn(f"{engine} found no basis for {name or 'a tensor'}: the old one stays")
     if basis is None:
-        basis = warm if warm is not None else torch.eye(size, rank, device=grad.device)
+        basis = warm if warm is not None else torch.eye(size, rank, dtype=matrix.dtype, device=grad.device)
     if keep_signs:
         basis = align(basis, warm)
     return basis.to(dtype or grad.dtype, copy=True).contiguous()
@@ -112,7 +114,7 @@ def randomized(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int
     m, n = matrix.shape
     width = min(rank + OVERSAMPLING, m, n)
     # drawn on the CPU: the same numbers on every device
-    start = torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).to(matrix.device)
+    start = torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(COLD_ROUNDS):
         basis = power_iteration(matrix, basis)
@@ -168,7 +170,7 @@ def overlap(new: Tensor, old: Tensor) -> float:
 
 
 def _double(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
-    return gram(grad.double(), side, rank, None if old is None else old.double(), seed).float()
+    return gram(grad.double(), side, rank, None if old is None else old.double(), seed).to(grad.dtype)
 
 
 ENGINES = {"svd": svd, "gram": gram, "randomized": randomized, "subspace": subspace}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli import console
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.ops.replicas import Replicas, balanced
 from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.gradients import Gradients
@@ -251,9 +252,8 @@ class ReplicatedGradients(Gradients):
         return bases
 
     def _projected_like(self, p: Tensor, bases: dict[str, Tensor]) -> Tensor:
-        """A float32 tensor, or a wider one, of the projected gradient's shape."""
+        """An empty tensor of the projected gradient's shape and dtype."""
         shape = project(
             torch.empty(p.shape, device="meta"), {k: b.to("meta", torch.float32) for k, b in bases.items()}
         )
-        wide = torch.promote_types(p.dtype, torch.float32) if p in self.optimizer.normalised else torch.float32
-        return torch.empty(shape.shape, dtype=wide, device=p.device)
+        return torch.empty(shape.shape, dtype=wide(p.dtype), device=p.device)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim.projection import project, stochastic_round
 
 # what is worked on at a time: rows that stay in a CPU's cache, or elements where launches cost more than memory
@@ -141,9 +142,9 @@ def compose_(
         direction: of the weight before the step.
         stochastic_rounding: of a bfloat16 weight.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    update = update.to(wide)
-    left, right = (bases[side].to(wide) if side in bases else None for side in ("left", "right"))
+    precision = wide(weight.dtype)
+    update = update.to(precision)
+    left, right = (bases[side].to(precision) if side in bases else None for side in ("left", "right"))
     if left is not None and right is not None:
         update = update @ right.mT
     # squares of a smaller one, or the entries of its row, would underflow
@@ -151,7 +152,7 @@ def compose_(
     small = magnitude.abs() < floor
     magnitude.copy_(torch.where(small, torch.full_like(magnitude, floor).copysign(magnitude), magnitude))
     for rows in row_blocks(weight):
-        exact = weight[rows].to(wide)  # the weight itself, or its block in float32
+        exact = weight[rows].to(precision)  # the weight itself, or its block in float32
         exact.mul_(direction.back[rows].unsqueeze(1))
         if left is None:
             exact.addmm_(update[rows], right.mT, alpha=alpha)
@@ -169,8 +170,7 @@ def compose_(
 
 def row_norms(weight: Tensor) -> Tensor:
     """||W_i|| of every row, (m,), float32 or wider."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide)
+    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide(weight.dtype))
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:
