@@ -80,7 +80,8 @@ def entries(bank: VectorBank, slim: bool) -> dict[str, Tensor]:
     shape, found = bank.shape, {}
     if slim:
         indices, weights = pack(*bank.selection(), shape.num_vectors)
-        parts = {"_topk_indices": indices, "_topk_weights": weights}
+        # PEFT puts them into a float32 table
+        parts = {"_topk_indices": indices, "_topk_weights": weights.float()}
     else:
         parts = {"": bank.logits}
     for name, slot in bank.slots.items():

@@ -53,7 +53,15 @@ def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
         return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
     from lowrank_cli.optim.adamw import GaLoreAdamW
 
-    optimizer = GaLoreAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, stochastic_rounding=rounding)
+    # without a projected tensor this is torch's AdamW per layer or on 16 bits: the same update
+    optimizer = GaLoreAdamW(
+        groups,
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+        stochastic_rounding=rounding,
+        convention="galore-torch" if small else "torch",
+    )
     return _on_kernel(optimizer, config.kernel) if small else optimizer
 
 

@@ -99,6 +99,8 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
         stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
         kernel: what the projected and the factored update run on: "torch", or "cpu" or "cuda" as
             `ops.fused_step.choose` gave it.
+        convention: where eps and decay stand in the update of tensors that are not projected: "galore-torch", or
+            "torch" as in torch.optim.AdamW, with eps added to the corrected root and decay before the update.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
         no_deprecation_warning: bool = False,
         stochastic_rounding: bool = False,
         kernel: str = "torch",
+        convention: str = "galore-torch",
     ):
         if lr < 0 or eps < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps}: lr and eps must be >= 0 and betas in [0, 1)")
@@ -125,6 +128,7 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
                 "correct_bias": correct_bias,
                 "stochastic_rounding": stochastic_rounding,
                 "kernel": kernel,
+                "convention": convention,
             },
         )
 
@@ -135,15 +139,19 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
     def _rule(
         self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
     ) -> None:
+        step, eps = states[0]["step"], group["eps"]
+        if group["convention"] == "torch":
+            # adamw_ takes it before the correction
+            eps *= math.sqrt(1 - group["betas"][1] ** step)
         adamw_(
             targets,
             grads,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
-            step=states[0]["step"],
+            step=step,
             lr=group["lr"],
             betas=group["betas"],
-            eps=group["eps"],
+            eps=eps,
             correct_bias=group["correct_bias"],
         )
 

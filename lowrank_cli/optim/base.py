@@ -401,6 +401,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._told = now
 
     def _step_plain(self, params: list[Tensor], group: dict) -> None:
+        decays_first = group.get("convention") == "torch"
+        if decays_first:
+            self._decay(params, group)
         together: dict[tuple, list[Tensor]] = {}
         for p in params:
             state = self.state[p]
@@ -416,7 +419,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             # the kernel walks over memory, so a gradient has to be laid out as its weight is
             grads = [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in same]
             self._rule(same, grads, [self.state[p] for p in same], group, same)
-        self._decay(params, group)
+        if not decays_first:
+            self._decay(params, group)
 
     def _step_rounded(self, p: Tensor, state: dict, group: dict) -> None:
         """The rule in float32 for a 16-bit weight, which is rounded once."""
