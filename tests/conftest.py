@@ -1,7 +1,9 @@
-"""What every test shares: real data, a cache of its own, no network."""
+"""Shared by every test: made data, a cache of its own, no network, the command in this process or another."""
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +20,76 @@ TINY = {"model_type": "llama", "architectures": ["LLaMAForCausalLM"], "hidden_si
         "pad_token_id": -1, "rms_norm_eps": 1e-6}  # fmt: skip
 
 
+# tests of counts and values of published files; every other test runs on made data
+MOST_PUBLISHED = 40
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that take the published data sets, and keep them few."""
+    published = [item for item in items if "published_data" in item.fixturenames]
+    for item in published:
+        item.add_marker("published")
+    if len(published) > MOST_PUBLISHED:
+        names = ", ".join(sorted({item.location[0] for item in published}))
+        raise pytest.UsageError(
+            f"{len(published)} tests take published data, more than {MOST_PUBLISHED}, in {names}: "
+            "take `test_data`, which is made, unless a published count or value is what is tested"
+        )
+
+
 @pytest.fixture(scope="session")
-def test_data() -> Path:
-    """The folder of real data; without it the test is skipped with the reason."""
+def published_data() -> Path:
+    """Return the folder of published data sets; without it the test is skipped with the reason."""
     folder = Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no test data at {folder}: set LOWRANK_TEST_DATA")
+        pytest.skip("published data sets are not here: LOWRANK_TEST_DATA names their folder")
     return folder
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory):
-    """One cache for the whole test run, shared by its workers, away from the user's."""
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """Return the folder that all workers of this test run share."""
     base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder):
+    """Make a folder of the test run once, whichever worker comes first: once(name, write) -> Path."""
+    from filelock import FileLock
+
+    def make(name: str, write) -> Path:
+        folder, unfinished = shared_folder / name, shared_folder / f".{name}"
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not folder.is_dir():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                write(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def test_data(once) -> Path:
+    """Return a folder of made data in the layout of the published sets."""
+    import made_sets
+
+    return once("data", made_sets.write)
+
+
+@pytest.fixture(scope="session")
+def stories(once) -> Path:
+    """Return the folder of a LLaMA of 260,032 parameters that has learned made stories; its context is 512 tokens."""
+    import made_model
+
+    return once("stories", made_model.write)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(shared_folder):
+    """One cache for the whole test run, shared by its workers, away from the user's."""
+    shared = shared_folder / "cache"
     shared.mkdir(exist_ok=True)
     os.environ["LOWRANK_CACHE"] = str(shared)
     # a kernel that the user has built would be taken by --kernel auto
@@ -48,13 +106,12 @@ def no_kernel_of_another_test(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def news(test_data, tmp_path_factory) -> Path:
-    """A small file of real text: 120 Wikinews articles, one JSON object a line."""
-    import gzip
+def news(tmp_path_factory) -> Path:
+    """Return a file of 120 made news articles, one JSON object a line."""
+    from made_text import articles
 
     path = tmp_path_factory.mktemp("news") / "news.jsonl"
-    with gzip.open(test_data / "wikinews_en" / "validation.json.gz", "rt", encoding="utf-8") as file:
-        path.write_text("".join(line for _, line in zip(range(120), file, strict=False)), encoding="utf-8")
+    path.write_text("".join(json.dumps(a) + "\n" for a in articles(120, "news")), encoding="utf-8")
     return path
 
 
@@ -77,15 +134,19 @@ def tiny_flags(news, tiny_config) -> list[str]:
 
 @pytest.fixture
 def lowrank(tmp_path, monkeypatch, capsys):
-    """Run the command in this process, in a folder of its own: returns its exit code, stdout and stderr."""
+    """Run the command in this process, in a folder of its own: returns its exit code, stdout and stderr.
+
+    The first argument is the command line as a user types it, without `lowrank`; further ones, such as paths, are
+    added as they are: `lowrank("pretrain --method galore --max-steps 6", *tiny_flags)`.
+    """
     from lowrank_cli import console
     from lowrank_cli.main import main
 
     monkeypatch.chdir(tmp_path)
 
-    def call(*argv: object) -> tuple[int, str, str]:
+    def call(line: str = "", *more: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = main([str(a) for a in argv])
+        code = main([*shlex.split(line), *map(str, more)])
         console.log_to(None)
         console.set_level(console.NORMAL)
         out = capsys.readouterr()
@@ -96,12 +157,12 @@ def lowrank(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def process(tmp_path):
-    """Start the command as a process of its own, in the test's folder."""
+    """Start the command as a process of its own, in the test's folder; arguments as those of `lowrank`."""
     started = []
 
-    def start(*argv: object, **env: str) -> subprocess.Popen:
+    def start(line: str, *more: object, **env: str) -> subprocess.Popen:
         child = subprocess.Popen(
-            [sys.executable, "-m", "lowrank_cli", *map(str, argv)],
+            [sys.executable, "-m", "lowrank_cli", *shlex.split(line), *map(str, more)],
             cwd=tmp_path,
             text=True,
             stdout=subprocess.PIPE,
@@ -116,3 +177,29 @@ def process(tmp_path):
         if child.poll() is None:
             child.kill()
             child.wait()
+
+
+@pytest.fixture(scope="session")
+def pool(own_cache):
+    from ranks import Ranks
+
+    # two workers with several threads each would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def ranks(pool, tmp_path):
+    """Run the same command line on n ranks; fails with what was printed if the exit codes are not `code`.
+
+    The line is written as that of `lowrank`.
+    """
+
+    def call(n: int, line: str = "", *argv: object, code: int = 0, **more) -> list:
+        results = pool.run(*[[*shlex.split(line), *argv]] * n, folder=tmp_path, **more)
+        assert [r.code for r in results] == [code] * n, [r.err for r in results]
+        return results
+
+    return call

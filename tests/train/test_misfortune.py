@@ -35,8 +35,8 @@ def poison(monkeypatch, step: int) -> None:
 
 def test_nan_at_a_refresh_names_step_tensor_and_checkpoint(lowrank, tiny_flags, monkeypatch):
     poison(monkeypatch, 6)
-    flags = ["--method", "galore", "--no-galore-in-backward", "--galore-update-proj-gap", 5, "--log-every", 50]
-    code, _, err = lowrank("pretrain", *tiny_flags, *flags, "--max-steps", 12, "--save-every", 4, "--out", "run")
+    line = "pretrain --method galore --no-galore-in-backward --galore-update-proj-gap 5 --max-steps 12 --out run"
+    code, _, err = lowrank(line, *tiny_flags, "--log-every", 50, "--save-every", 4)
     assert code == 1
     assert "the gradient of model.layers.0.mlp.up_proj.weight is not finite at a refresh at step 6" in err
     assert "run/checkpoints/step-000004 is good" in err
@@ -54,8 +54,8 @@ def test_interrupt_does_not_save_broken_weights(lowrank, tiny_flags, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(loop.Session, "mark", mark)
-    flags = ["--log-every", 50, "--eval-every", 50, "--max-steps", 20, "--save-every", 4, "--keep", 1]
-    code, _, err = lowrank("pretrain", *tiny_flags, *flags, "--out", "run")
+    line = "pretrain --eval-every 50 --max-steps 20 --keep 1 --out run"
+    code, _, err = lowrank(line, *tiny_flags, "--log-every", 50, "--save-every", 4)
     assert code == 1, err
     assert "the weights are broken" in err
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step-000004"]
@@ -74,7 +74,7 @@ def test_interrupt_during_evaluation_does_not_wait_for_its_end(lowrank, tiny_fla
         return original(model, batch, targets)
 
     monkeypatch.setattr(module, "causal_lm_loss", watched)
-    code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 5, "--eval-tokens", 5000, "--out", "run")
+    code, _, err = lowrank("pretrain --max-steps 5 --out run", *tiny_flags, "--eval-tokens", 5000)
     assert code == 130, err
     assert len(seen) == 2
 
@@ -84,7 +84,7 @@ def test_a_disk_that_fills_after_the_last_checkpoint(lowrank, tiny_flags, monkey
 
     original, calls = checkpoint.write_model, iter([original_call, disk_is_full])
     monkeypatch.setattr(checkpoint, "write_model", lambda *args: next(calls)(original, *args))
-    code, _, err = lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--out", "run")
+    code, _, err = lowrank("pretrain --max-steps 2 --out run", *tiny_flags)
     assert code == 1, err
     assert "No space left on device" in err
     assert "--resume" in err
@@ -94,9 +94,8 @@ def test_a_disk_that_fills_after_the_last_checkpoint(lowrank, tiny_flags, monkey
 
 
 def test_a_resume_from_an_older_checkpoint_leaves_the_later_ones_behind(lowrank, tiny_flags):
-    flags = [*tiny_flags, "--max-steps", 8, "--save-every", 2, "--keep", 9]
-    assert lowrank("pretrain", *flags, "--out", "run")[0] == 0
-    code, _, err = lowrank("pretrain", "--resume", "run/checkpoints/step-000002", "--save-every", 3, "--keep", 2)
+    assert lowrank("pretrain --max-steps 8 --keep 9 --out run", *tiny_flags, "--save-every", 2)[0] == 0
+    code, _, err = lowrank("pretrain --resume run/checkpoints/step-000002 --save-every 3 --keep 2")
     assert code == 0, err
     assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["step-000006", "step-000008"]
 
@@ -111,23 +110,21 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 
 
 def test_a_run_from_before_a_setting_existed_resumes(lowrank, tiny_flags):
-    assert lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--out", "run")[0] == 0
+    assert lowrank("pretrain --max-steps 2 --out run", *tiny_flags)[0] == 0
     path = Path("run/config.yaml")
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "stochastic_rounding" not in line))
-    code, _, err = lowrank("pretrain", "--resume", "run")
+    code, _, err = lowrank("pretrain --resume run")
     assert code == 0, err
 
 
 def test_a_tiny_learning_rate_is_no_bug(lowrank, tiny_flags):
-    code, _, err = lowrank(
-        "pretrain", *tiny_flags, "--lr", 1e-5, "--warmup-steps", 1000, "--max-steps", 1000, "--epochs", 1
-    )
+    code, _, err = lowrank("pretrain --lr 1e-5 --warmup-steps 1000 --max-steps 1000 --epochs 1", *tiny_flags)
     assert code == 2
-    code, _, err = lowrank("pretrain", *tiny_flags, "--lr", 1e-8, "--max-steps", 3, "--out", "run")
+    code, _, err = lowrank("pretrain --lr 1e-8 --max-steps 3 --out run", *tiny_flags)
     assert code == 0, err
 
 
-@pytest.mark.parametrize("mode", [[], ["--per-layer"]])
+@pytest.mark.parametrize("mode", ["", "--per-layer"])
 def test_a_tensor_without_a_signal_passes_the_audit(mode, lowrank, tiny_flags, monkeypatch):
     from lowrank_cli.models import load as models
 
@@ -140,7 +137,7 @@ def test_a_tensor_without_a_signal_passes_the_audit(mode, lowrank, tiny_flags, m
         return model
 
     monkeypatch.setattr(models, "load", load)
-    code, _, err = lowrank("pretrain", "--method", "galore", *tiny_flags, "--max-steps", 3, *mode, "--out", "run")
+    code, _, err = lowrank(f"pretrain --method galore --max-steps 3 {mode} --out run", *tiny_flags)
     assert code == 0, err
 
 
@@ -149,8 +146,6 @@ def test_a_model_of_few_positions_finishes(lowrank, tiny_flags, tmp_path):
         json.dumps({"model_type": "gpt2", "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2})
     )
     flags = [f for f in tiny_flags if f not in ("--model-config", tiny_flags[3])]
-    code, out, err = lowrank(
-        "pretrain", *flags, "--model-config", "gpt2.json", "--max-length", 32, "--max-steps", 2, "--json"
-    )
+    code, out, err = lowrank("pretrain --model-config gpt2.json --max-steps 2 --json", *flags, "--max-length", 32)
     assert code == 0, err
     assert json.loads(out)["sample"]

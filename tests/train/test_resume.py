@@ -36,38 +36,29 @@ def assert_same_model(a: Path, b: Path) -> None:
         assert tensor.equal(second[name]), f"{name} differs"
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("data", ["packed", "streaming"])
-@pytest.mark.parametrize("method", ["full", "galore"])
-def test_killed_and_resumed_equals_uninterrupted(method, data, accumulation, lowrank, process, tiny_flags, tmp_path):
-    flags = [
-        "pretrain",
-        "--method",
-        method,
-        *tiny_flags,
-        "--max-steps",
-        STEPS,
-        "--save-every",
-        7,
-        "--eval-every",
-        20,
-        "--total-batch-size",
-        4 * accumulation,
-        *(["--streaming"] if data == "streaming" else []),
-    ]
-    if method == "galore":
-        flags += ["--galore-rank", 8, "--galore-update-proj-gap", 10]
+KILLS = [
+    ("--method galore --galore-rank 8 --galore-update-proj-gap 10 --streaming --total-batch-size 16", ""),
+    ("--method full --total-batch-size 4", "slow"),
+    ("--method full --streaming --total-batch-size 4", "slow"),
+    ("--method galore --galore-rank 8 --galore-update-proj-gap 10 --total-batch-size 16", "slow"),
+    ("--method galore --galore-rank 8 --galore-update-proj-gap 10 --packing padded --total-batch-size 4", "slow"),
+]
+
+
+@pytest.mark.parametrize("line", [pytest.param(text, marks=pytest.mark.slow if mark else ()) for text, mark in KILLS])
+def test_killed_and_resumed_equals_uninterrupted(line, lowrank, process, tiny_flags, tmp_path):
+    flags = [*tiny_flags, *f"--max-steps {STEPS} --save-every 7 --eval-every 20 {line}".split()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = lowrank(*flags, "--out", whole)
+    code, _, err = lowrank("pretrain", *flags, "--out", whole)
     assert code == 0, err
 
     step = random.SystemRandom().randrange(8, STEPS - 5)
-    child = process(*flags, "--out", killed)
+    child = process("pretrain", *flags, "--out", killed)
     wait_for_step(killed, step, child)
     child.send_signal(signal.SIGKILL)
     child.communicate(timeout=60)
     assert json.loads((killed / "run.json").read_text())["status"] == "running"
-    code, _, err = lowrank("pretrain", "--resume", killed)
+    code, _, err = lowrank("pretrain --resume", killed)
     assert code == 0, err
 
     assert_same_model(whole, killed)
@@ -81,36 +72,24 @@ def test_killed_and_resumed_equals_uninterrupted(method, data, accumulation, low
     assert json.loads((killed / "run.json").read_text())["status"] == "done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupt_saves_exits_130_and_resumes_exactly(number, lowrank, process, tiny_flags, tmp_path):
-    flags = [
-        "pretrain",
-        "--method",
-        "galore",
-        *tiny_flags,
-        "--packing",
-        "padded",
-        "--max-steps",
-        STEPS,
-        "--save-every",
-        50,
-    ]
-    assert lowrank(*flags, "--out", tmp_path / "whole")[0] == 0
-    child = process(*flags, "--out", tmp_path / "stopped")
+    line = f"pretrain --method galore --packing padded --max-steps {STEPS}"
+    assert lowrank(f"{line} --out whole", *tiny_flags)[0] == 0
+    child = process(f"{line} --out stopped", *tiny_flags)
     wait_for_step(tmp_path / "stopped", 10, child)
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert "go on with: lowrank pretrain --resume" in err
     assert json.loads((tmp_path / "stopped" / "run.json").read_text())["status"] == "interrupted"
-    assert lowrank("pretrain", "--resume", tmp_path / "stopped")[0] == 0
+    assert lowrank("pretrain --resume stopped")[0] == 0
     assert_same_model(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_second_interrupt_stops_at_once_and_leaves_the_checkpoint_whole(process, tiny_flags, tmp_path):
     # one update of many micro-batches, so that the first interrupt is still being honoured when the second comes
-    flags = ["pretrain", *tiny_flags, "--max-steps", 4000, "--save-every", 5, "--out", tmp_path / "run"]
-    child = process(*flags)
+    child = process("pretrain --max-steps 4000 --out run", *tiny_flags, "--save-every", 5)
     wait_for_step(tmp_path / "run", 12, child)
     child.send_signal(signal.SIGINT)
     child.send_signal(signal.SIGINT)
@@ -118,14 +97,14 @@ def test_second_interrupt_stops_at_once_and_leaves_the_checkpoint_whole(process,
     assert child.returncode == 130, err
     assert "Traceback" not in err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
-    resumed = process("pretrain", "--resume", tmp_path / "run")
+    resumed = process("pretrain --resume run")
     wait_for_step(tmp_path / "run", 20, resumed)
 
 
 def test_resumed_run_continues_the_newest_without_a_path(lowrank, tiny_flags):
-    code, before, err = lowrank("pretrain", "--method", "galore", *tiny_flags, "--max-steps", 6)
+    code, before, err = lowrank("pretrain --method galore --max-steps 6", *tiny_flags)
     assert code == 0, err
-    code, after, err = lowrank("pretrain", "--resume", "auto")
+    code, after, err = lowrank("pretrain --resume auto")
     assert code == 0, err
     # nothing is left to train, and what it came to is still known
     assert after.split(":")[0] == before.split(":")[0]
@@ -137,30 +116,30 @@ def test_resumed_run_continues_the_newest_without_a_path(lowrank, tiny_flags):
 
 
 def test_changed_settings_are_listed(lowrank, tiny_flags):
-    assert lowrank("pretrain", *tiny_flags, "--max-steps", 4, "--out", "run")[0] == 0
-    code, _, err = lowrank("pretrain", "--resume", "run", "--lr", "0.5", "--max-steps", 9)
+    assert lowrank("pretrain --max-steps 4 --out run", *tiny_flags)[0] == 0
+    code, _, err = lowrank("pretrain --resume run --lr 0.5 --max-steps 9")
     assert code == 2
     assert "lr: 0.001 -> 0.5; max_steps: 4 -> 9" in err
-    code, _, err = lowrank("pretrain", "--resume", "run", "--keep", 5)
+    code, _, err = lowrank("pretrain --resume run --keep 5")
     assert code == 0, err
 
 
 def test_truncated_checkpoint_is_named(lowrank, tiny_flags):
-    assert lowrank("pretrain", *tiny_flags, "--max-steps", 4, "--save-every", 2, "--out", "run")[0] == 0
+    assert lowrank("pretrain --max-steps 4 --out run", *tiny_flags, "--save-every", 2)[0] == 0
     file = Path("run/checkpoints/step-000004/optimizer.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     before = sorted(p.name for p in Path("run").rglob("*"))
-    code, _, err = lowrank("pretrain", "--resume", "run")
+    code, _, err = lowrank("pretrain --resume run")
     assert code == 2
     assert "optimizer.safetensors has" in err
     assert "--resume run/checkpoints/step-000002" in err
     assert sorted(p.name for p in Path("run").rglob("*")) == before
-    code, _, err = lowrank("pretrain", "--resume", "run/checkpoints/step-000002")
+    code, _, err = lowrank("pretrain --resume run/checkpoints/step-000002")
     assert code == 0, err
 
 
 def test_optimizer_state_holds_tensors_and_numbers_only(lowrank, tiny_flags):
-    assert lowrank("pretrain", "--method", "galore", *tiny_flags, "--max-steps", 2, "--out", "run")[0] == 0
+    assert lowrank("pretrain --method galore --max-steps 2 --out run", *tiny_flags)[0] == 0
     tensors = load_file("run/checkpoints/step-000002/optimizer.safetensors")
     assert {key.rpartition("|")[2] for key in tensors} == {"exp_avg", "exp_avg_sq", "basis_left", "basis_right"}
     progress = json.loads(Path("run/checkpoints/step-000002/progress.json").read_text())
@@ -169,6 +148,6 @@ def test_optimizer_state_holds_tensors_and_numbers_only(lowrank, tiny_flags):
 
 
 def test_keep_prunes_old_checkpoints(lowrank, tiny_flags):
-    assert lowrank("pretrain", *tiny_flags, "--max-steps", 10, "--save-every", 2, "--keep", 3, "--out", "run")[0] == 0
+    assert lowrank("pretrain --max-steps 10 --keep 3 --out run", *tiny_flags, "--save-every", 2)[0] == 0
     names = sorted(p.name for p in Path("run/checkpoints").iterdir())
     assert names == ["step-000006", "step-000008", "step-000010"]
