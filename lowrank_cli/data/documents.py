@@ -6,6 +6,7 @@ document, as JSON.
 """
 
 import hashlib
+import os
 import re
 import sys
 import sysconfig
@@ -193,9 +194,14 @@ def _open(dataset: str, config: DataConfig, part: str, otherwise: str, offline: 
 
 def _stdlib(part: str) -> FileSource:
     root = Path(sysconfig.get_path("stdlib"))
-    # _sysconfigdata is written by the build: compiler flags and paths, not source
-    paths = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py") if not p.name.startswith("_sysconfigdata")}
-    names = sorted(name for name in paths if not _SKIPPED_FOLDERS & set(name.split("/")))
+    paths = {}
+    for folder, folders, files in os.walk(root):
+        # not walked into: site-packages holds ten times the files of the library
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        # _sysconfigdata is written by the build: compiler flags and paths, not source
+        found = [Path(folder, f) for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")]
+        paths |= {path.relative_to(root).as_posix(): path for path in found}
+    names = sorted(paths)
     held_out = {n for n in names if int(hashlib.sha256(n.encode()).hexdigest(), 16) % HELD_OUT_EVERY == 0}
     files = [paths[n] for n in names if (n in held_out) == (part == "validation")]
     if not files:

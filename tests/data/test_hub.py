@@ -21,6 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class _Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_HEAD(self):
         self._answer()
@@ -107,12 +108,12 @@ from lowrank_cli.errors import LowrankError
 config = DataConfig(dataset="me/small", vocab_size=300, max_length=16)
 everything = list(open_source(config))
 assert len(everything) == 100 and everything[0].startswith("document 0 ")
+source, other = open_source(config), open_source(config)
 for count in (0, 1, 49, 50, 51, 99, 100):
-    source = open_source(config)
+    source.load_state_dict({})
     reading = iter(source)
     for _ in range(count):
         next(reading)
-    other = open_source(config)
     other.load_state_dict(json.loads(json.dumps(source.state_dict())))
     assert list(other) == everything[count:] and list(other) == everything
 assert len(list(open_source(config, "validation"))) == 10

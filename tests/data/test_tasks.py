@@ -48,34 +48,55 @@ def test_an_unknown_task_names_the_nearest():
     assert "did you mean 'mrpc'" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("name", "train", "validation", "positive"),
-    [
-        ("cola", 8551, 1043, 721),
-        ("sst2", 67349, 872, 444),
-        ("mrpc", 3668, 408, 279),
-        ("rte", 2490, 277, 131),
-        ("wnli", 635, 71, 31),
-        ("stsb", 5749, 1500, None),
-    ],
-)
-def test_published_glue_files_have_all_their_rows(name, train, validation, positive, test_data):
-    parts = load(name, test_data / "glue")
-    assert tuple(map(len, parts)) == (train, validation)
-    if positive is not None:
-        # the development sets' known majorities: 69.1, 50.9, 68.4, 52.7 (entailment, class 0) and 56.3 % (class 0)
-        assert sum(example.label for example in parts[1]) == positive
+def test_published_glue_files_have_all_their_rows(published_data):
+    # the development sets' known majorities: 69.1, 50.9, 68.4, 52.7 (entailment, class 0) and 56.3 % (class 0)
+    expected = {
+        "cola": (8551, 1043, 721),
+        "sst2": (67349, 872, 444),
+        "mrpc": (3668, 408, 279),
+        "rte": (2490, 277, 131),
+        "wnli": (635, 71, 31),
+    }
+    found = {}
+    for name in expected:
+        train, validation = load(name, published_data / "glue")
+        found[name] = (len(train), len(validation), sum(example.label for example in validation))
+    assert found == expected
+    assert tuple(map(len, load("stsb", published_data / "glue"))) == (5749, 1500)
 
 
-def test_quotes_and_tabs_are_read_as_published(test_data):
-    train, _ = load("mrpc", test_data / "glue" / "MRPC")
+def test_quotes_and_tabs_are_read_as_published(published_data):
+    train, _ = load("mrpc", published_data / "glue" / "MRPC")
     assert train[0].texts == (
         'Amrozi accused his brother , whom he called " the witness " , of deliberately distorting his evidence .',
         'Referring to him as only " the witness " , Amrozi accused his brother of deliberately distorting his '
         "evidence .",
     )
-    assert load("rte", test_data / "glue")[1][0].label == 1
-    assert load("stsb", test_data / "glue")[1][1].label == 4.75
+    assert load("rte", published_data / "glue")[1][0].label == 1
+    assert load("stsb", published_data / "glue")[1][1].label == 4.75
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "header", "texts", "label"),
+    [
+        ("cola", "CoLA", 0, [3], 1),
+        ("sst2", "SST-2", 1, [0], 1),
+        ("mrpc", "MRPC", 1, [3, 4], 0),
+        ("rte", "RTE", 1, [1, 2], 3),
+        ("wnli", "WNLI", 1, [1, 2], 3),
+        ("stsb", "STS-B", 1, [7, 8], 9),
+    ],
+)
+def test_every_row_of_a_glue_file_is_read_with_its_quotes(name, folder, header, texts, label, test_data):
+    numbers = {"entailment": 0, "not_entailment": 1}
+    found = load(name, test_data / "glue")
+    for part, examples in zip(("train", "dev"), found, strict=True):
+        text = (test_data / "glue" / folder / f"{part}.tsv").read_text(encoding="utf-8")
+        rows = [line.split("\t") for line in text.split("\n")[header:-1]]
+        assert [example.texts for example in examples] == [tuple(row[i] for i in texts) for row in rows]
+        assert [example.label for example in examples] == [float(numbers.get(row[label], row[label])) for row in rows]
+    if name in ("sst2", "mrpc"):
+        assert any('"' in text for example in found[0] for text in example.texts)
 
 
 def test_the_folder_may_be_the_tasks_own_or_above_it_in_any_spelling(write, tmp_path):
@@ -85,9 +106,9 @@ def test_the_folder_may_be_the_tasks_own_or_above_it_in_any_spelling(write, tmp_
         assert load("sst2", folder)[0] == [Example(('"open',), 1), Example(('closed"',), 0)]
 
 
-def test_an_odd_line_separator_inside_a_sentence_ends_no_row(write, tmp_path):
+def test_a_byte_order_mark_and_odd_line_separators_in_a_sentence_change_nothing(write, tmp_path):
     for part in ("train", "dev"):
-        write(f"SST-2/{part}.tsv", "sentence\tlabel\r\none\u2028two\x85\t1\r\n")
+        write(f"SST-2/{part}.tsv", "\ufeffsentence\tlabel\r\none\u2028two\x85\t1\r\n")
     assert load("sst2", tmp_path)[0] == [Example(("one\u2028two\x85",), 1)]
 
 
@@ -145,35 +166,22 @@ def test_a_few_rows_that_lack_a_column_are_left_out_and_said(write, tmp_path):
     assert "line 202" in said[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "train", "validation"),
-    [
-        ("svamp", 700, 300),
-        ("strategyqa", 1603, 687),
-        ("boolq", 2289, 981),
-        ("commonsense_qa", 9741, 1221),
-        ("coin_flip", 350, 150),
-        ("bigbench_date", 295, 74),
-        ("object_tracking", 600, 150),
-    ],
-)
-def test_downstream_sets_have_welores_parts_and_answers_among_their_choices(name, train, validation, test_data):
-    said = []
-    parts = load(name, test_data / "downstream", status=said.append)
-    assert tuple(map(len, parts)) == (train, validation)
-    for record in (*parts[0], *parts[1]):
-        (turn,) = record.turns
-        assert turn.instruction == turn.instruction.strip() != ""
-        if name == "svamp":
-            assert float(turn.response) == pytest.approx(float(turn.response))
-        else:
-            assert turn.response in record.choices
-    if name == "boolq":
-        assert "there is no" in said[0]
+def test_published_downstream_sets_have_welores_parts(published_data):
+    expected = {
+        "svamp": (700, 300),
+        "strategyqa": (1603, 687),
+        "boolq": (2289, 981),
+        "commonsense_qa": (9741, 1221),
+        "coin_flip": (350, 150),
+        "bigbench_date": (295, 74),
+        "object_tracking": (600, 150),
+    }
+    found = {name: tuple(map(len, load(name, published_data / "downstream"))) for name in expected}
+    assert found == expected
 
 
-def test_downstream_questions_read_as_in_lm_eval(test_data):
-    folder = test_data / "downstream"
+def test_published_questions_read_as_in_lm_eval(published_data):
+    folder = published_data / "downstream"
     question = load("commonsense_qa", folder)[0][0]
     assert question.turns[0].instruction.endswith(
         "had made to change?\nA. ignore\nB. enforce\nC. authoritarian\nD. yell at\nE. avoid"
@@ -187,17 +195,77 @@ def test_downstream_questions_read_as_in_lm_eval(test_data):
     assert svamp.response == "1"
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+QUESTIONS = {
+    "svamp": (
+        "SVAMP/SVAMP.json",
+        lambda r: (f"{r['Body'].removesuffix('.')}. {r['Question']}", "", str(int(r["Answer"]))),
+        (),
+    ),
+    "strategyqa": (
+        "StrategyQA/task.json",
+        lambda r: (r["input"], "", "yes" if r["target"].startswith("Yes") else "no"),
+        ("yes", "no"),
+    ),
+    "boolq": (
+        "boolq/boolq_dev.jsonl",
+        lambda r: (r["question"] + "?", r["passage"], "yes" if r["answer"] else "no"),
+        ("yes", "no"),
+    ),
+    "coin_flip": ("coin_flip/coin_flip.json", lambda r: (r["question"], "", r["answer"]), ("yes", "no")),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_first_seven_tenths_are_trained_on_and_questions_read_as_in_lm_eval(name, test_data):
+    file, expected, choices = QUESTIONS[name]
+    path = test_data / "downstream" / file
+    raw = lines(path) if file.endswith("l") else json.loads(path.read_text(encoding="utf-8"))
+    raw = raw["examples"] if isinstance(raw, dict) else raw
+    said = []
+    train, validation = load(name, test_data / "downstream", status=said.append)
+    assert len(train) == len(raw) * 7 // 10
+    for record, example in zip([*train, *validation], raw, strict=True):
+        (turn,) = record.turns
+        assert (turn.instruction, turn.input, turn.response) == expected(example)
+        assert record.choices == choices
+    if name == "boolq":
+        assert "there is no" in said[0]
+
+
+def test_commonsense_qa_has_parts_of_its_own_and_lists_its_choices(test_data):
+    parts = zip(("train", "dev"), load("commonsense_qa", test_data / "downstream"), strict=True)
+    for part, records in parts:
+        raw = lines(test_data / "downstream" / "CommonsenseQA" / f"{part}_rand_split.jsonl")
+        for record, example in zip(records, raw, strict=True):
+            (turn,) = record.turns
+            listed = [f"{choice['label']}. {choice['text']}" for choice in example["question"]["choices"]]
+            assert turn.instruction.split("\n") == [example["question"]["stem"], *listed]
+            assert (turn.response, record.choices) == (example["answerKey"], tuple("ABCDE"))
+
+
 @pytest.mark.parametrize("name", ["bigbench_date", "object_tracking"])
 def test_the_right_choice_stands_anywhere_and_always_there(name, test_data):
     first, again = (load(name, test_data / "downstream") for _ in range(2))
     assert first == again
     records = [*first[0], *first[1]]
+    assert len(first[0]) == len(records) * 8 // 10
     counts = {letter: sum(r.turns[0].response == letter for r in records) for letter in "ABC"}
     assert min(counts.values()) > len(records) / 10
     raw = json.loads((test_data / "downstream" / tasks.describe(name).folder / "task.json").read_text())["examples"]
     for example, record in zip(raw, records, strict=True):
         (right,) = [text for text, score in example["target_scores"].items() if score]
-        assert f"\n{record.turns[0].response}. {right}" in record.turns[0].instruction
+        letters = "ABCDEF"[: len(example["target_scores"])]
+        assert record.choices == tuple(letters)
+        (turn,) = record.turns
+        question, *listed = turn.instruction.rsplit("\n", len(letters))
+        assert question == example["input"].strip()
+        assert sorted(listed) == listed
+        assert sorted(line[3:] for line in listed) == sorted(example["target_scores"])
+        assert f"{turn.response}. {right}" in listed
 
 
 def test_hub_forms_of_the_downstream_sets(monkeypatch):

@@ -111,11 +111,12 @@ def test_order_is_independent_of_batch_size_and_ranks(config, packing, streaming
 
 @pytest.mark.parametrize(("packing", "streaming"), FORMS)
 @SHARED
-@given(before=st.integers(0, 40), total=st.sampled_from([2, 10, 70]))
-def test_resume_gives_the_same_batches(config, packing, streaming, before, total):
+@given(rows=st.integers(0, 210), total=st.sampled_from([2, 10, 70]))
+def test_resume_gives_the_same_batches(config, packing, streaming, rows, total):
     config = replace(config, packing=packing, streaming=streaming)
     first = build(config, total_batch_size=total)
-    for _ in range(before):
+    # up to the fourth epoch of 57 documents
+    for _ in range(rows // total):
         first.train.next_update()
     state = json.loads(json.dumps(first.train.state_dict()))
     second = build(config, total_batch_size=total)
@@ -245,6 +246,36 @@ def test_cache_is_reused_and_shared_between_lengths(config):
     assert len(told) == 5
 
 
+def test_two_processes_that_make_a_cached_folder_at_once_use_the_first(tmp_path):
+    code = """
+import sys
+from lowrank_cli.data.cache import cached_folder
+
+def make(folder):
+    # both have begun before either ends
+    print("begun", flush=True)
+    input()
+    (folder / "by").write_text(sys.argv[1])
+
+print((cached_folder("kind", "key", make) / "by").read_text())
+"""
+    environment = {**os.environ, "LOWRANK_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, name],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name in "ab"
+    ]
+    assert [process.stdout.readline() for process in processes] == ["begun\n"] * 2
+    assert [process.communicate("go\n", timeout=60)[0] for process in processes] == ["a\n"] * 2
+    assert [path.name for path in (tmp_path / "cache" / "kind").iterdir()] == ["key"]
+
+
+@pytest.mark.slow
 def test_two_processes_build_the_cache_at_once(config, tmp_path):
     code = """
 import json, sys

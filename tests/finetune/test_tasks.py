@@ -8,37 +8,38 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification
 
-ROWS = 48
+from lowrank_cli.config import ModelConfig, resolve
+from lowrank_cli.data import supervised
+from lowrank_cli.data.tokenizer import named_tokenizer
+from lowrank_cli.models import load
 
 
 @pytest.fixture
-def mrpc(tmp_path, test_data) -> Path:
-    """A data folder with the first records of the real MRPC."""
-    source = next((test_data / "glue").rglob("*[Mm][Rr][Pp][Cc]*/train.*"), None)
-    if source is None:
-        pytest.skip("no MRPC among the test data")
-    folder = tmp_path / "glue" / source.parent.name
-    folder.mkdir(parents=True)
-    for part in source.parent.iterdir():
-        lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / part.name).write_text("".join(lines[: ROWS + 1]), encoding="utf-8")
+def glue(tmp_path, test_data) -> Path:
+    """A data folder with the first 48 records of each part of MRPC and STS-B."""
+    for name in ("MRPC/train.tsv", "MRPC/dev.tsv", "STS-B/train.tsv", "STS-B/dev.tsv"):
+        lines = (test_data / "glue" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        path = tmp_path / "glue" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines[:49]), encoding="utf-8")
     return tmp_path / "glue"
 
 
 @pytest.fixture
-def flags(base, mrpc) -> list[str]:
+def flags(base, glue) -> list[str]:
     return [
-        *("--model", str(base), "--task", "mrpc", "--data-dir", str(mrpc), "--max-length", "64"),
+        *("--model", str(base), "--task", "mrpc", "--data-dir", str(glue), "--max-length", "64"),
         *("--batch-size", "16", "--log-every", "1", "--no-plots", "--lr", "0.003"),
     ]
 
 
 @pytest.mark.parametrize("method", ["full", "galore", "lora", "vblora"])
 def test_metric_by_epoch_and_a_classifier_that_loads(method, lowrank, flags, base):
-    code, out, err = lowrank("finetune", "--method", method, *flags, "--epochs", 2, "--out", "run", "--json")
+    code, out, err = lowrank(f"finetune --method {method} --epochs 2 --out run --json", *flags)
     assert code == 0, err
     result = json.loads(out)
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -55,86 +56,61 @@ def test_metric_by_epoch_and_a_classifier_that_loads(method, lowrank, flags, bas
     assert sorted(model.config.id2label) == [0, 1]
 
 
-def test_reported_metrics_are_those_of_the_saved_model(lowrank, flags, mrpc):
-    code, out, err = lowrank("finetune", "--method", "full", *flags, "--max-steps", 3, "--out", "run", "--json")
-    assert code == 0, err
-    from lowrank_cli.config import resolve
-    from lowrank_cli.data import supervised
-    from lowrank_cli.data.tokenizer import named_tokenizer
-
-    config = resolve("finetune", {}, {}, config_file="run/config.yaml")
-    tokenizer = named_tokenizer("run/model")
+def answers(folder):
+    """Return the outputs of a run's saved model for each validation example, and the right answers."""
+    config = resolve("finetune", {}, {}, config_file=f"{folder}/config.yaml")
+    tokenizer = named_tokenizer(f"{folder}/model")
+    # one at a time, so that no padding is in it
     data = supervised.build(
         config.data, config.task, batch_size=1, total_batch_size=1, eval_tokens=9, seed=0, tokenizer=tokenizer
     )
-    model = AutoModelForSequenceClassification.from_pretrained("run/model").eval()
+    model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/model").eval()
     with torch.no_grad():
-        # one at a time, so that no padding is in it
-        pairs = [
-            (int(model(input_ids=b["input_ids"], attention_mask=b.get("attention_mask")).logits.argmax()), b["labels"])
+        found = [
+            (model(input_ids=b["input_ids"], attention_mask=b.get("attention_mask")).logits[0].numpy(), b["labels"])
             for b in data.validation()
         ]
-    predictions, labels = np.array([p for p, _ in pairs]), np.array([int(y) for _, y in pairs])
-    result = json.loads(out)
+    return np.array([logits for logits, _ in found]), np.array([float(label) for _, label in found])
+
+
+def test_reported_metrics_are_those_of_the_saved_model(lowrank, flags):
+    code, out, err = lowrank("finetune --method full --max-steps 3 --out run --json", *flags)
+    assert code == 0, err
+    result, (logits, labels) = json.loads(out), answers("run")
+    predictions = logits.argmax(axis=1)
     assert result["validation_accuracy"] == pytest.approx(accuracy_score(labels, predictions))
     assert result["validation_f1"] == pytest.approx(f1_score(labels, predictions, zero_division=0))
 
 
-def test_a_regression_has_one_output_and_its_correlations(lowrank, base, tmp_path):
-    folder = tmp_path / "glue" / "STS-B"
-    folder.mkdir(parents=True)
-    names = [
-        "index",
-        "genre",
-        "filename",
-        "year",
-        "old_index",
-        "source1",
-        "source2",
-        "sentence1",
-        "sentence2",
-        "score",
-    ]
-    for part, rows in (("train", 32), ("dev", 16)):
-        lines = ["\t".join([str(i), *"abcdef", f"a cat {i}", f"a dog {i % 5}", str(i % 5)]) for i in range(rows)]
-        (folder / f"{part}.tsv").write_text("\n".join(["\t".join(names), *lines]) + "\n", encoding="utf-8")
-    flags = [
-        "--model",
-        str(base),
-        "--task",
-        "stsb",
-        "--data-dir",
-        str(folder.parent),
-        "--max-length",
-        32,
-        "--no-plots",
-    ]
+def test_a_regression_has_one_output_and_its_correlations(lowrank, flags):
+    line, found = "finetune --max-steps 4 --json", {}
     for method in ("full", "lora"):
-        code, out, err = lowrank("finetune", "--method", method, *flags, "--max-steps", 4, "--out", method, "--json")
+        code, out, err = lowrank(f"{line} --method {method} --out {method}", *flags, "--task", "stsb")
         assert code == 0, err
-        assert -1 <= json.loads(out)["validation_pearson"] <= 1
+        found[method] = json.loads(out)["validation_pearson"]
+    logits, labels = answers("full")
+    assert found["full"] == pytest.approx(pearsonr(logits[:, 0], labels).statistic, abs=1e-5)
+    assert -1 <= found["lora"] <= 1
     model = AutoModelForSequenceClassification.from_pretrained("full/model")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
 
 
 def test_patience_ends_the_run(lowrank, flags):
-    more = ["--lr", "1e-12", "--max-steps", 30, "--eval-every", 1, "--patience", 2, "--out", "run", "--json"]
-    code, out, err = lowrank("finetune", "--method", "lora", *flags, *more)
+    line = "finetune --method lora --max-steps 30 --eval-every 1 --patience 2 --out run --json"
+    code, out, err = lowrank(line, *flags, "--lr", "1e-12")
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert "no better evaluation for 2 times" in err
 
 
 def test_a_four_bit_base_trains_an_adapter_and_merges(lowrank, base, records):
-    pytest.importorskip("bitsandbytes")
-    flags = ["--model", str(base), "--dataset", str(records), "--max-length", 96, "--max-steps", 3, "--no-plots"]
-    for more in ([], ["--merge"]):
-        out = f"run{len(more)}"
-        code, text, err = lowrank("finetune", "--quantize", "nf4", *flags, *more, "--out", out, "--json")
+    line = "finetune --quantize nf4 --max-length 96 --max-steps 3 --no-plots --json"
+    for more in ("--out adapter", "--out merged --merge"):
+        code, text, err = lowrank(f"{line} {more}", "--model", base, "--dataset", records)
         assert code == 0, err
         assert np.isfinite(json.loads(text)["validation_loss"])
     assert "is_adapter" in json.loads(text)
-    merged = load_file("run1/model/model.safetensors")
+    merged = load_file("merged/model/model.safetensors")
     original = load_file(base / "model.safetensors")
     assert merged.keys() == original.keys()
     name = "model.layers.0.mlp.up_proj.weight"
@@ -144,11 +120,7 @@ def test_a_four_bit_base_trains_an_adapter_and_merges(lowrank, base, records):
 
 
 def test_gradients_pass_through_a_four_bit_base_after_an_evaluation(base):
-    pytest.importorskip("bitsandbytes")
     import bitsandbytes as bnb
-
-    from lowrank_cli.config import ModelConfig
-    from lowrank_cli.models import load
 
     source = ModelConfig(name=str(base))
     common = {"config": None, "dtype": torch.float32, "device": "cpu", "seed": 0, "offline": True}
@@ -175,20 +147,20 @@ def test_gradients_pass_through_a_four_bit_base_after_an_evaluation(base):
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--task", "mrcp"], 2, "did you mean"),
-        (["--task", "mrpc", "--dataset", "x.json"], 2, "both say what to train on"),
-        (["--method", "full", "--quantize", "nf4"], 2, "take a method that trains an adapter"),
-        (["--method", "lora", "--lora-target-modules", "q_prj"], 2, "did you mean 'q_proj'"),
-        (["--model", "nowhere/at/all"], 4, "no folder nowhere/at/all"),
-        (["--method", "vblora", "--vblora-vector-length", "7"], 2, "divide"),
-        (["--patience", "0"], 2, "at least 1"),
-        (["--model-config", "x.json"], 2, "no option --model-config"),
+        ("--task mrcp", 2, "did you mean"),
+        ("--task mrpc --dataset x.json", 2, "both say what to train on"),
+        ("--method full --quantize nf4", 2, "take a method that trains an adapter"),
+        ("--method lora --lora-target-modules q_prj", 2, "did you mean 'q_proj'"),
+        ("--model nowhere/at/all", 4, "no folder nowhere/at/all"),
+        ("--method vblora --vblora-vector-length 7", 2, "divide"),
+        ("--patience 0", 2, "at least 1"),
+        ("--model-config x.json", 2, "no option --model-config"),
     ],
 )
 def test_bad_input_is_one_clear_error(more, code, message, lowrank, base, records):
-    known = ["--model", str(base)] if "--model" not in more else []
-    known += ["--dataset", str(records)] if "--task" not in more else []
-    found, _, err = lowrank("finetune", *known, *more, "--max-steps", 1, "--out", "run")
+    known = ["--model", base] if "--model " not in more else []
+    known += ["--dataset", records] if "--task" not in more else []
+    found, _, err = lowrank(f"finetune --max-steps 1 --out run {more}", *known)
     assert found == code, err
     assert message in err
     assert not Path("run").exists()
