@@ -46,8 +46,6 @@ def watch(setattr, seen: dict) -> None:
 
     setattr(loop, "fit", fit)
     setattr(finish, "finish", finishing)
-    # half of the time of a tiny run; tests/memory is about it
-    setattr(finish, "estimated_memory", lambda session: {})
 
 
 def setter(undo: ExitStack):

@@ -179,9 +179,8 @@ def command_line(request, news, tiny_config, records) -> Callable[..., list[str]
     """Return the arguments of a subject's run of a second."""
 
     def call(subject: Subject) -> list[str]:
-        line = (
-            f"{subject.command} --method {subject.method} --max-length 64 --eval-tokens 500 --log-every 1 --no-plots"
-        )
+        line = f"{subject.command} --method {subject.method} --no-plots --max-length 64 --eval-tokens 500"
+        line += " --log-every 1 --eval-every 8 --save-every 8"
         if subject.command == "pretrain":
             more = ["--dataset", news, "--model-config", tiny_config, "--vocab-size", 512]
         else:
