@@ -169,6 +169,7 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
             vector,
             step_size=group["lr"] * math.sqrt(corrections[1]) / corrections[0],
             eps=group["eps"],
+            stochastic_rounding=group["stochastic_rounding"],
         )
 
     def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:

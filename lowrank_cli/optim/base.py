@@ -130,7 +130,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """The rule on F, taken to the weight: right for any rule that does not depend on the gradient's scale."""
         update = torch.zeros_like(factor)
         self._rule([update], [factor], [state], group, [p])
-        factored_sign_(p, update, vector)
+        factored_sign_(p, update, vector, group["stochastic_rounding"])
 
     # ---- the step
 

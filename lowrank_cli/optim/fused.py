@@ -125,7 +125,8 @@ class FusedAdam:
     def _step_along(self, p: Tensor, factor: Tensor, state: dict, group: dict, vector: Tensor) -> bool:
         """The step of a weight with a factored gradient, without decay; False if it is not the kernel's."""
         takes = p.is_contiguous() and p.dtype in fused_step.DTYPES and p.device.type == group["kernel"]
-        if not (takes and self._kernel_at_hand(group)):
+        rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
+        if rounded or not (takes and self._kernel_at_hand(group)):
             return False
         step_size, eps = fused_step.corrected(
             step=state["step"],

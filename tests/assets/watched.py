@@ -46,6 +46,8 @@ def watch(setattr, seen: dict) -> None:
 
     setattr(loop, "fit", fit)
     setattr(finish, "finish", finishing)
+    # a third of a tiny run's time
+    setattr(finish, "samples", lambda session: False)
 
 
 def setter(undo: ExitStack):
