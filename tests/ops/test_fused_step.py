@@ -1,6 +1,7 @@
 """The compiled step against float64 arithmetic and against its reference; runs on each kernel, see conftest.py."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from lowrank_cli.ops import fused_step
 OPS = torch.ops.lowrank
 BETAS, LR, SCALE = (0.9, 0.999), 1e-2, 0.25
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# above what float32 makes of a hundred products of gradients of up to 1, so that no direction is made of rounding
+EPS = {torch.float32: 1e-5, torch.bfloat16: 1e-8, torch.float16: 1e-8}
 examples = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("kernel_device")]
 
 
 def low_shape(m, n, rank, left):
@@ -65,7 +68,9 @@ class Layer:
         mean, square = self.exact
         mean.mul_(BETAS[0]).add_(low, alpha=1 - BETAS[0])
         square.mul_(BETAS[1]).add_(low.square(), alpha=1 - BETAS[1])
-        update = mean / (1 - BETAS[0] ** step) / (square.sqrt() + 1e-8) * math.sqrt(1 - BETAS[1] ** step)
+        update = (
+            mean / (1 - BETAS[0] ** step) / (square.sqrt() + EPS[self.weight.dtype]) * math.sqrt(1 - BETAS[1] ** step)
+        )
         full = basis @ update if self.left else update @ basis.mT
         exact = decay * (self.exact_weight - LR * SCALE * full)
         self.exact_weight = exact.to(self.weight.dtype).double()
@@ -77,7 +82,7 @@ class Layer:
 
 
 def take_step(layers, grads, step, *, projected=False, whole=False, decay=1.0, codes=(), op=None):
-    step_size, eps = fused_step.corrected(step=step, lr=LR, betas=BETAS, eps=1e-8)
+    step_size, eps = fused_step.corrected(step=step, lr=LR, betas=BETAS, eps=EPS[layers[0].weight.dtype])
     scales = [[x.scales[i] for x in layers] if codes else [] for i in range(2)]
     (op or OPS.galore_step_)(
         [x.weight for x in layers], grads, [x.basis for x in layers], [x.moments[0] for x in layers],
@@ -87,11 +92,13 @@ def take_step(layers, grads, step, *, projected=False, whole=False, decay=1.0, c
 
 
 def bitsandbytes_codes(device):
-    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes import functional
+
     return [functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
 
 
-# float32: what is asked for is 1e-5; 16 bit: the projected gradient and the direction are rounded to 16 bit
+# float32: sums of a hundred products, 2^-24 each, and the weight's own rounding after each step; 16 bit: the projected
+# gradient, the direction and the weight are rounded to 2^-9 or 2^-12
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 
 
@@ -99,8 +106,8 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_two_hundred_steps_agree_with_float64(kernel_device, dtype, left, whole):
-    if whole and kernel_device.type == "cpu" and not runs_library(dtype):
-        pytest.skip("the library's product of 16 bit into float32 is CUDA's alone")
+    # the library's product of 16 bit into float32 is CUDA's alone
+    whole = whole and runs_library(dtype)
     layer = Layer(70, 45, 12, left, dtype, kernel_device)
     for step in range(1, 201):
         grad = layer.gradient(step)
@@ -112,8 +119,6 @@ def test_two_hundred_steps_agree_with_float64(kernel_device, dtype, left, whole)
 
 
 def runs_library(dtype):
-    import os
-
     return dtype == torch.float32 or os.environ.get("LOWRANK_TEST_KERNEL", "cpu") in ("cpu", "cuda")
 
 
@@ -129,8 +134,8 @@ def test_any_shape_side_and_layout(kernel_device, m, n, rank, left, columns, pad
         grad = layer.gradient(step, projected)
         layer.exact_step(grad, step, 0.999, projected)
         take_step([layer], [grad], step, projected=projected, decay=0.999)
-    # a direction that nearly cancels turns with the rounding of its gradient; 16-bit weights round after each step
-    assert layer.error() < (1e-4 if dtype == torch.float32 else 0.1)
+    # of two steps the rounding of 16-bit weights is a tenth
+    assert layer.error() < (BOUND[dtype] if dtype == torch.float32 else 0.1)
     for moment, exact in zip(layer.moments, layer.exact, strict=True):
         assert float((moment.double().cpu() - exact).norm() / exact.norm()) < (
             1e-5 if dtype == torch.float32 else 1e-2
@@ -146,7 +151,7 @@ def test_sizes_around_the_tiles(kernel_device, m, n, rank, left):
         layer.exact_step(grad, 1, 1.0)
         take_step([layer], [grad], 1)
         assert float((layer.moments[0].double().cpu() - layer.exact[0]).norm() / layer.exact[0].norm()) < 5e-3
-        assert layer.error() < (1e-3 if dtype == torch.float32 else 3e-2)
+        assert layer.error() < (BOUND[dtype] if dtype == torch.float32 else 3e-2)
 
 
 def test_layers_of_one_call_are_those_of_many_calls(kernel_device):
@@ -219,7 +224,7 @@ def test_eight_bit_moments_cost_no_more_than_those_of_bitsandbytes(kernel_device
     layer = Layer(96, 64, 16, False, torch.float32, kernel_device, eight_bit=True)
     weight = torch.nn.Parameter(layer.weight.clone())
     group = {"params": [weight], "rank": 16, "update_proj_gap": 1000, "scale": SCALE, "proj_type": "right"}
-    peer = GaLoreAdamW8bit([group], lr=LR, weight_decay=0.0, min_8bit_size=1)
+    peer = GaLoreAdamW8bit([group], lr=LR, eps=EPS[torch.float32], weight_decay=0.0, min_8bit_size=1)
     weight.grad = torch.zeros_like(weight)
     for step in range(1, 201):
         grad = layer.gradient(step)
@@ -294,7 +299,9 @@ def test_velora_is_float64s(kernel_device, m, groups, size, dtype, seed):
         move = (exact_mean.unsqueeze(-1) * v) / ((exact_square.unsqueeze(-1) * v.square()).sqrt() + eps)
         exact_weight = 0.99 * (exact_weight - step_size * move.flatten(1))
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=1e-7)
-    assert float((weight.double() - exact_weight).norm()) <= 2 * bound * float(exact_weight.norm())
+    # each step rounds the weight once
+    rounding = torch.finfo(dtype).eps * exact_weight.norm()
+    assert float((weight.double() - exact_weight).norm()) <= float(rounding + 1e-5 * (exact_weight - x).norm())
 
 
 def test_opcheck_passes(kernel_device):

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from lowrank_cli.ops.projected_linear import projected_linear
 from lowrank_cli.optim.projection import project
 
+pytestmark = pytest.mark.numerical
+
 
 def orthonormal(size: int, rank: int, dtype=torch.float64) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64)).Q.to(dtype)

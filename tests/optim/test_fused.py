@@ -2,6 +2,8 @@
 
 import copy
 import io
+import os
+import shutil
 
 import pytest
 import torch
@@ -10,17 +12,24 @@ from lowrank_cli.ops import build
 from lowrank_cli.optim.adamw import GaLoreAdamW
 from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
 
+pytestmark = pytest.mark.numerical
+
+# float32 sums of up to a hundred products, 2^-24 each, over an eps of a hundredth of a gradient
+SINGLE = 1e-5
 SHAPES = [(64, 64), (100, 63), (63, 100), (33, 77), (64, 64)]
 
 
 @pytest.fixture(scope="module")
-def kernel(request):
-    """The name "cpu", with the kernel loaded; built in the folder that the kernels' own tests use."""
+def kernel(request, shared_folder):
+    """Return the name "cpu", with the kernel loaded; built in the folder that the kernels' own tests use."""
+    cache = getattr(request.config, "cache", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(request.config.cache.mkdir("kernels")))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(cache.mkdir("kernels") if cache else shared_folder / "kernels"))
         try:
             build.load("cpu")
         except build.BuildError as error:
+            if shutil.which(os.environ.get("CXX", "c++")) and "inja" not in str(error):
+                raise
             pytest.skip(f"the kernel does not build here: {error}")
     return "cpu"
 
@@ -31,7 +40,8 @@ class Run:
     def __init__(self, kernel, cls=GaLoreAdamW, dtype=torch.float32, **group):
         torch.manual_seed(0)
         self.weights = [torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in SHAPES]
-        tags = {"rank": 16, "update_proj_gap": 5, "weight_decay": 0.1, **group}
+        self.start = [p.detach().clone() for p in self.weights]
+        tags = {"rank": 16, "update_proj_gap": 5, "weight_decay": 0.1, "eps": 1e-2, **group}
         self.optimizer = cls([{"params": self.weights, **tags}], lr=1e-2, kernel=kernel)
         self.calls = 0
 
@@ -48,8 +58,9 @@ class Run:
 
 
 def difference(one, other):
-    pairs = zip(one.weights, other.weights, strict=True)
-    return max(float((p - q).detach().norm() / q.detach().norm()) for p, q in pairs)
+    """Return the largest distance of two weights, over how far training took the second."""
+    triples = zip(one.weights, other.weights, other.start, strict=True)
+    return max(float((p - q).detach().norm() / (q - start).detach().norm()) for p, q, start in triples)
 
 
 @pytest.fixture
@@ -73,7 +84,7 @@ def counted(monkeypatch):
 def test_the_kernel_gives_the_numbers_of_plain_pytorch(kernel, counted, more, in_backward):
     with torch.no_grad():
         ours, plain = (Run(k, **more).run(0, 20, in_backward) for k in (kernel, "torch"))
-        assert difference(ours, plain) < 1e-5
+        assert difference(ours, plain) < SINGLE
     assert len(counted) == 20 * len(SHAPES)
 
 
@@ -95,15 +106,14 @@ def test_a_gradient_that_came_both_ways_is_added_up(kernel):
                 run.optimizer.collect(p)
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(5))
             run.optimizer.step()
-        assert difference(*runs) < 1e-5
+        assert difference(*runs) < SINGLE
 
 
 def test_eight_bit_moments_take_the_kernel(kernel, counted):
-    pytest.importorskip("bitsandbytes")
     with torch.no_grad():
         ours, plain = (Run(k, GaLoreAdamW8bit, min_8bit_size=256).run(0, 10) for k in (kernel, "torch"))
-        # moments half way between two codes go either way
-        assert difference(ours, plain) < 5e-3
+        # moments half way between two codes go either way; one in ten of them, each 2^-5 apart
+        assert difference(ours, plain) < 0.1**0.5 * 2**-5
     assert len(counted) == 10 * len(SHAPES)
     assert ours.optimizer.state[ours.weights[0]]["exp_avg"].dtype == torch.uint8
 
@@ -113,14 +123,18 @@ def test_velora_weights_take_the_kernel(kernel):
     for name in (kernel, "torch"):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(30, 40) * 0.02)
+        start = p.detach().clone()
         vector = torch.nn.functional.normalize(torch.randn(8), dim=0)
-        optimizer = GaLoreAdamW([{"params": [p], "num_groups": 5, "weight_decay": 0.1}], lr=1e-2, kernel=name)
+        optimizer = GaLoreAdamW(
+            [{"params": [p], "num_groups": 5, "weight_decay": 0.1}], lr=1e-2, eps=1e-2, kernel=name
+        )
         optimizer.vectors[p] = lambda v=vector: v
         for _ in range(5):
             optimizer.accumulate(p, torch.randn(30, 5))
             optimizer.step()
         results.append(p.detach())
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+    ours, plain = results
+    assert float((ours - plain).norm()) < SINGLE * float((plain - start).norm())
 
 
 def saved(optimizer):
@@ -154,7 +168,7 @@ def test_a_resumed_run_with_another_kernel_says_so(kernel, capsys):
     parts = resumed(Run("cpu").run(0, 7), "torch", is_auto=False).run(7, 12)
     assert parts.optimizer.param_groups[0]["kernel"] == "torch"
     assert "not bit for bit" in capsys.readouterr().err
-    assert 0 < difference(parts, whole) < 1e-5
+    assert 0 < difference(parts, whole) < SINGLE
 
 
 def test_a_copy_goes_on(kernel):

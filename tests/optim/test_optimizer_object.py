@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from double import BOUND
 from torch import nn
 
 from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
@@ -17,6 +18,7 @@ MAKERS = {
     "adafactor": lambda groups: GaLoreAdafactor(groups, lr=1e-2, scale_parameter=False, relative_step=False),
 }
 every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+pytestmark = pytest.mark.numerical
 
 
 def step(model: nn.Module, optimizer, seed: int) -> None:
@@ -89,14 +91,14 @@ def test_huge_gradients_neither_break_nor_freeze_a_projected_weight(make, scale)
 @every
 def test_a_gradient_of_another_layout_is_the_same_gradient(make):
     torch.manual_seed(0)
-    a, b = nn.Parameter(torch.ones(7, 5)), nn.Parameter(torch.ones(7, 5))
+    a, b = (nn.Parameter(torch.ones(7, 5, dtype=torch.float64)) for _ in range(2))
     first, second = make([a]), make([b])
     for _ in range(3):
-        grad = torch.randn(5, 7)
+        grad = torch.randn(5, 7, dtype=torch.float64)
         a.grad, b.grad = grad.mT, grad.mT.contiguous()
         first.step()
         second.step()
-    assert torch.allclose(a, b, atol=1e-7)
+    assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_a_gradient_of_zeros_leaves_the_refresh_due():
@@ -140,20 +142,22 @@ class Both(Twice):
 
 @pytest.mark.parametrize(("kind", "per_layer"), [(Twice, False), (Twice, True), (Both, False)])
 def test_weights_that_are_used_twice(kind, per_layer):
-    plain, ours = kind(), kind()
+    plain, ours = kind().double(), kind().double()
+    start = plain.linear.weight.detach().clone()
     tags = {"rank": 4, "update_proj_gap": 3, "scale": 1.0}
     reference = GaLoreAdamW([{"params": [plain.linear.weight], **tags}], lr=1e-2)
     optimizer = GaLoreAdamW([{"params": [ours.linear.weight], **tags, "in_backward": True}], lr=1e-2)
     gradients = Gradients(ours, optimizer, per_layer=per_layer, clipping=0.0)
     for _ in range(6):
-        x = torch.randn(5, 16)
+        x = torch.randn(5, 16, dtype=torch.float64)
         plain(x).square().sum().backward()
         reference.step()
         reference.zero_grad()
         gradients.begin(measuring=False)
         ours(x).square().sum().backward()
         gradients.step()
-    assert torch.allclose(ours.linear.weight, plain.linear.weight, atol=1e-5)
+    a, b = ours.linear.weight.detach(), plain.linear.weight.detach()
+    assert float((a - b).norm()) < BOUND * float((b - start).norm())
     assert optimizer.state[ours.linear.weight]["step"] == 6
     gradients.close()
     assert "forward" not in vars(ours.linear)

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 
 from lowrank_cli.optim.refresh import ENGINES, align, find_basis, overlap, subspace
 
+pytestmark = pytest.mark.numerical
+
 
 def decaying(m: int, n: int, seed: int = 0, rate: float = 0.9) -> torch.Tensor:
     """A matrix whose singular values fall by `rate` from one to the next."""
@@ -145,8 +147,8 @@ def test_bfloat16_gradients():
 
 def test_warm_start_improves_on_a_flat_spectrum():
     torch.manual_seed(0)
-    grad = torch.randn(60, 90)
-    basis = torch.linalg.qr(torch.randn(60, 15)).Q
+    grad = torch.randn(60, 90, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(60, 15, dtype=torch.float64)).Q
     shares = [kept(grad, basis, "left")]
     for _ in range(12):
         basis = subspace(grad, "left", 15, basis, 0)

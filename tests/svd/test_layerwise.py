@@ -9,6 +9,8 @@ from lowrank_cli.models.targets import select
 from lowrank_cli.svd import calibration, layerwise
 from lowrank_cli.svd.shelf import Shelf
 
+pytestmark = pytest.mark.numerical
+
 SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMAS = dict(SIZES, intermediate_size=40, num_key_value_heads=2)
 ARCHITECTURES = {

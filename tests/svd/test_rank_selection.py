@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from lowrank_cli.svd import rank_selection as rs
 
+pytestmark = pytest.mark.numerical
+
 # the singular values 10, 9, ... of four weights, and what the paper's rule makes of them at three thresholds, by hand:
 # normalised (s - min) / (max - min); kept are those >= threshold
 HAND = {

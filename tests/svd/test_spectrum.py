@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from lowrank_cli.errors import LowrankError
 from lowrank_cli.svd.spectrum import Decomposition, decompose, effective_rank, singular_values
 
+pytestmark = pytest.mark.numerical
+
 SHAPES = [(64, 64), (63, 100), (100, 63), (5, 1), (1, 7)]
 
 
