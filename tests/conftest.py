@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def pytest_collection_modifyitems(items):
             f"{len(published)} tests take published data, more than {MOST_PUBLISHED}, in {names}: "
             "take `test_data`, which is made, unless a published count or value is what is tested"
         )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say why tests were skipped, in a line for each reason."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")

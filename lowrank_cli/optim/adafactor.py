@@ -46,7 +46,7 @@ def adafactor_(update: Tensor, state: dict, *, beta2: float, floor: float, clip_
 
 def rms(tensor: Tensor) -> Tensor:
     """Root mean square."""
-    return tensor.float().norm() / tensor.numel() ** 0.5
+    return tensor.to(wide(tensor.dtype)).norm() / tensor.numel() ** 0.5
 
 
 class GaLoreAdafactor(ProjectedOptimizer):

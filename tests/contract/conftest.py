@@ -95,9 +95,33 @@ def composed(text: str, command: str) -> list[type[methods.Method]]:
     return [] if any((TOYS / f"{part.name}.py").is_file() for part in parts) else parts
 
 
+# modes of the optimizer, which is the same in every command: slow but for a method's first one
+OF_THE_OPTIMIZER = {
+    "test_in_backward",
+    "test_other_rules",
+    "test_8_bit_moments_follow_32",
+    "test_16_bits_follow_64",
+    "test_stochastic_rounding_follows_64_bits_in_the_mean",
+    "test_estimate_is_what_the_optimizer_holds",
+}
+
+
 def pytest_generate_tests(metafunc):
     if "subject" in metafunc.fixturenames:
-        metafunc.parametrize("subject", found())
+        subjects = found()
+        if metafunc.function.__name__ in OF_THE_OPTIMIZER:
+            subjects = [slow(param) if repeated(param.values[0]) else param for param in subjects]
+        metafunc.parametrize("subject", subjects)
+
+
+def repeated(subject: Subject) -> bool:
+    """Say whether the methods have another command before this one."""
+    return subject.command == "finetune" and all("pretrain" in part.commands for part in subject.parts)
+
+
+def slow(param):
+    """Return a parameter of slow tests."""
+    return pytest.param(*param.values, id=param.id, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

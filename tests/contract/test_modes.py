@@ -198,8 +198,8 @@ def same_logits(a: torch.Tensor, b: torch.Tensor) -> bool:
     [
         RESUMABLE,
         f"{ONE_PASS} --dtype bfloat16",
-        "--max-steps 1 --lr 0.1 --optimizer adamw8bit",
-        "--max-steps 1 --lr 0.1 --optimizer adafactor",
+        pytest.param("--max-steps 1 --lr 0.1 --optimizer adamw8bit", marks=pytest.mark.slow),
+        pytest.param("--max-steps 1 --lr 0.1 --optimizer adafactor", marks=pytest.mark.slow),
     ],
     ids=["adamw", "bfloat16", "adamw8bit", "adafactor"],
 )

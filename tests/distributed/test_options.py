@@ -34,6 +34,12 @@ OPTIONS = {
     "normed-per-layer": (f"{NORMED} --gradnormlorp-in-backward --per-layer", "ddp fsdp"),
 }
 CASES = [(name, how) for name, (_, hows) in OPTIONS.items() for how in hows.split()]
+# one for every way in which what is summed, sent or cut differs
+QUICK = {
+    ("clipped", "ddp"), ("per-layer-clipped", "fsdp"), ("rotated", "ddp"), ("two-sided", "fsdp"), ("gram", "fsdp"),
+    ("moving-vector", "ddp"), ("normed-left", "fsdp"),
+}  # fmt: skip
+ON_TWO = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def assert_same_training(several: Path, one: Path) -> None:
         assert [m[key] for m in a if key in m] == pytest.approx([m[key] for m in b if key in m], rel=BOUND)
 
 
-@pytest.mark.parametrize(("name", "how"), CASES)
+@pytest.mark.parametrize(("name", "how"), ON_TWO)
 def test_two_processes_train_what_one_does(name, how, train):
     one = train(1, OPTIONS[name][0])
     assert_same_training(train(2, f"{OPTIONS[name][0]} --parallel {how}"), one)
@@ -78,15 +84,15 @@ def test_four_processes_train_what_one_does(name, how, train):
     assert_same_training(train(4, f"{OPTIONS[name][0]} --parallel {how}"), one)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("line", [PLAIN, f"{IN_BACKWARD} --per-layer", f"{NORMED} --per-layer"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("line", [f"{IN_BACKWARD} --per-layer", pytest.param(NORMED, marks=pytest.mark.slow)])
 def test_accumulation_of_padded_rows(line, how, train):
     # documents of other lengths on every process: a mean of the processes' means would be another loss
     one = train(1, f"{line} --packing padded", total=32)
     assert_same_training(train(2, f"{line} --packing padded --parallel {how}", total=32), one)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
 def test_rows_that_do_not_divide(optimizer, train, tmp_path):
     """Three heads of ten, 90 features, a vocabulary of 509: on four processes the last has fewer rows, or none."""
     config = tmp_path / "odd.json"

@@ -35,7 +35,7 @@ def hand(subject, manager, content, shots, limit):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=16)
+    model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=4)
     roots = [g for n, g in content["groups"].items() if n == "mmlu"] or [*content["tasks"].values()]
     return simple_evaluate(model=model, tasks=roots, task_manager=manager, num_fewshot=shots, limit=limit)
 

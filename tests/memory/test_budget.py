@@ -20,7 +20,7 @@ def total(config) -> int:
 
 
 def test_a_dry_run_adds_up_and_says_when_the_peak_is(lowrank):
-    code, out, err = lowrank("pretrain", "--method", "galore", "--dry-run", "--json")
+    code, out, err = lowrank("pretrain --method galore --dry-run --json")
     assert code == 0, err
     found = json.loads(out)
     assert sum(found["at_peak"].values()) == found["total_bytes"]
@@ -30,29 +30,30 @@ def test_a_dry_run_adds_up_and_says_when_the_peak_is(lowrank):
     assert not Path("runs").exists()
 
 
-def test_finetune_has_a_dry_run_from_the_configuration_alone(lowrank, base, tmp_path):
-    folder = tmp_path / "shape"
-    folder.mkdir()
-    (folder / "config.json").write_text(Path(base, "config.json").read_text())
-    flags = ["finetune", "--model", folder, "--dataset", "nowhere.jsonl", "--dry-run", "--json"]
-    found = {}
-    for quantize in ([], ["--quantize", "nf4"]):
-        code, out, err = lowrank(*flags, *quantize)
+def test_finetune_has_a_dry_run_from_the_configuration_alone(lowrank, base):
+    Path("shape").mkdir()
+    Path("shape/config.json").write_text(Path(base, "config.json").read_text())
+    found = []
+    for quantize in ("", "--quantize nf4"):
+        code, out, err = lowrank(f"finetune --model shape --dataset nowhere.jsonl --dry-run --json {quantize}")
         assert code == 0, err
-        found[bool(quantize)] = json.loads(out)
+        found.append(json.loads(out))
     # the 802,816 elements of the layers' linears go from 4 bytes to half of one and its scales
-    saved = found[False]["weights_bytes"] - found[True]["weights_bytes"]
+    saved = found[0]["weights_bytes"] - found[1]["weights_bytes"]
     assert saved == pytest.approx(802_816 * (4 - 0.5 - 1 / 64), rel=0.02)
-    assert found[False]["optimizer_states_bytes"] == found[True]["optimizer_states_bytes"]
+    assert found[0]["optimizer_states_bytes"] == found[1]["optimizer_states_bytes"]
 
 
 def test_a_budget_that_is_too_small_names_what_fits(lowrank):
-    flags = ["pretrain", "--model", "llama-9m", "--batch-size", 8]
-    code, _, err = lowrank(*flags, "--memory-budget", "60MB")
-    assert code == 3
-    hint = err.partition("hint: ")[2].partition(" with: ")[2].split()
-    assert hint[0] == "--batch-size"
-    code, out, err = lowrank(*flags, *hint, "--memory-budget", "60MB", "--dry-run", "--json")
+    line = "pretrain --model llama-9m --batch-size 8 --memory-budget 60MB"
+    code, out, err = lowrank(line)
+    assert (code, out) == (3, "")
+    error, hint = err.splitlines()
+    assert "over the budget of 60.0 MiB" in error
+    knobs = hint.partition(" with: ")[2]
+    assert knobs.startswith("--batch-size")
+    assert not Path("runs").exists()
+    code, out, err = lowrank(f"{line} {knobs} --dry-run --json")
     assert code == 0, err
     assert json.loads(out)["total_bytes"] <= 60 * 2**20
 
@@ -110,10 +111,10 @@ def test_shards_divide_what_is_held_and_gather_what_is_at_hand(pretraining):
 
 
 def test_a_run_says_its_estimate_beside_the_measured_peak(lowrank, tiny_flags):
-    code, out, err = lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--out", "run", "--json")
+    code, out, err = lowrank("pretrain --max-steps 2 --out run --json", *tiny_flags)
     assert code == 0, err
     result = json.loads(out)
-    dry_code, dry_out, _ = lowrank("pretrain", *tiny_flags, "--max-steps", 2, "--dry-run", "--json")
+    dry_code, dry_out, _ = lowrank("pretrain --max-steps 2 --dry-run --json", *tiny_flags)
     assert dry_code == 0
     estimated = result["estimated_memory_bytes"]
     assert json.loads(Path("run/run.json").read_text())["result"]["estimated_memory_bytes"] == estimated

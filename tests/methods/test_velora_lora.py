@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from double import BOUND, distance, exact_norm
 from galore_torch import GaLoreAdamW as AdamW
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lowrank_cli import optim
 from lowrank_cli.config import resolve
 from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.train.setup import apply_methods
+
+pytestmark = pytest.mark.numerical
 
 GROUPS = 8
 INIT = "batch_average_once"
@@ -22,7 +26,7 @@ def base() -> LlamaForCausalLM:
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=128, max_position_embeddings=64,
     )  # fmt: skip
-    return LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(config).double().train()
 
 
 def batches(number: int) -> list[torch.Tensor]:
@@ -59,13 +63,14 @@ def adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def test_velora_on_lora_is_pefts():
+def test_velora_on_lora_is_pefts(monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["v_proj", "down_proj"],
         velora_config=VeloraConfig(num_groups=GROUPS, scale=1.0, init_type=INIT),
     )  # fmt: skip
     before, after = ours("vd", 20, 1e-6)
-    theirs = get_peft_model(base(), config)
+    theirs = get_peft_model(base(), config).double()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if (key := name.removeprefix("base_model.model.")) in before:
@@ -76,12 +81,8 @@ def test_velora_on_lora_is_pefts():
         optimizer.zero_grad()
         theirs(batch, labels=batch).loss.backward()
         optimizer.step()
-    reference = adapter(theirs)
-    assert reference.keys() == after.keys()
-    for name, tensor in after.items():
-        moved = (reference[name] - before[name]).norm()
-        assert moved > 0.1
-        assert (tensor - reference[name]).norm() < 1e-5 * reference[name].norm(), name
+    # the model's loss is in float32, whose rounding Adam divides by no less than eps
+    assert distance(after, adapter(theirs), before) < BOUND
 
 
 def test_it_is_not_the_plain_gradient():

@@ -16,22 +16,26 @@ from lowrank_cli.models.lowrank_linear import low_rank_linears
 
 @pytest.fixture
 def compressed(lowrank, stories) -> Path:
-    code, _, err = lowrank("compress", "--model", stories, "--welore-rank", 50, "--eval-tokens", 0, "--out", "small")
+    code, _, err = lowrank("compress --welore-rank 50 --eval-tokens 0 --no-plots --out small --model", stories)
     assert code == 0, err
     return Path("small/model")
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+@pytest.fixture
+def finetune(lowrank, news):
+    """Fine-tune a model on news for a few updates, and return what was said."""
+
+    def call(line: str, model: Path, code: int = 0) -> str:
+        always = "finetune --task text --max-length 64 --batch-size 4 --eval-tokens 500 --lr 0.01 --no-plots --out run"
+        found, _, err = lowrank(f"{always} {line}", "--dataset", news, "--model", model)
+        assert found == code, err
+        return err
+
+    return call
 
 
-FLAGS = ("--max-length", 64, "--batch-size", 4, "--eval-tokens", 500, "--log-every", 1, "--no-plots")
-
-
-def finetune(lowrank, model, *more, code: int = 0):
-    found, out, err = lowrank("finetune", "--model", model, *FLAGS, *more)
-    assert found == code, err
-    return out, err
+def tensors_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize(
@@ -78,70 +82,38 @@ def test_a_file_may_hold_settings_of_both_commands_and_old_defaults(tmp_path):
         assert (found.rank, found.damping, found.train_norms) == (50, 0.5, True)
 
 
-def test_a_dense_model_has_nothing_to_train(lowrank, stories, news):
-    _, err = finetune(
-        lowrank, stories, "--method", "welore", "--task", "text", "--dataset", news, "--max-steps", 1, code=2
-    )
-    assert "compress it first" in err
+def test_a_dense_model_has_nothing_to_train(finetune, stories):
+    assert "compress it first" in finetune("--method welore --max-steps 1", stories, code=2)
 
 
 @pytest.mark.parametrize("norms", [False, True])
-def test_trains_the_low_rank_components_only(norms, lowrank, compressed, news):
-    more = ["--welore-train-norms"] if norms else []
-    finetune(
-        lowrank, compressed, "--method", "welore", "--task", "text", "--dataset", news, "--max-steps", 3,
-        "--lr", 0.01, "--json", "--out", "run", *more,
-    )  # fmt: skip
-    before, after = tensors_of(compressed), tensors_of(Path("run/model"))
+def test_trains_the_low_rank_components_only(norms, finetune, compressed):
+    finetune(f"--method welore --max-steps 3 {'--welore-train-norms' if norms else ''}", compressed)
+    before, after = tensors_of(compressed), tensors_of("run/model")
     assert set(before) == set(after)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     factors = {name for name in before if name.endswith((".A.weight", ".B.weight"))}
     assert factors
     assert moved == factors | ({n for n in before if "norm" in n} if norms else set())
-    loaded = AutoModelForCausalLM.from_pretrained("run/model")
-    assert low_rank_linears(loaded)
+    assert low_rank_linears(AutoModelForCausalLM.from_pretrained("run/model"))
     rows = {row["name"]: row["role"] for row in json.loads(Path("run/targets.json").read_text())}
     assert {n for n, role in rows.items() if role == "welore"} == factors
 
 
-def test_learns_and_resumes_bit_for_bit(lowrank, compressed, news):
-    common = (
-        "--method",
-        "welore",
-        "--task",
-        "text",
-        "--dataset",
-        news,
-        "--lr",
-        0.01,
-        "--max-steps",
-        12,
-        "--save-every",
-        6,
-    )
-    finetune(lowrank, compressed, *common, "--out", "whole")
-    lines = [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()]
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert losses[-1] < losses[0]
-    finetune(lowrank, compressed, *common, "--out", "again", "--keep", 3)
-    code, _, err = lowrank("finetune", "--resume", "again/checkpoints/step-000006", "--method", "welore", "--model",
-                           compressed, *FLAGS, *common[2:], "--out", "again", "--keep", 3)  # fmt: skip
-    assert code == 0, err
-    a, b = load_file("whole/model/model.safetensors"), load_file("again/model/model.safetensors")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize(
-    ("method", "layers"), [("welore+galore", ""), ("welore+velora", "qd"), ("welore+velora", "*_proj")]
+    "line",
+    [
+        "--method welore+galore --galore-rank 2",
+        "--method welore+velora --velora-layers qd",
+        "--method welore+velora --velora-layers '*_proj'",
+    ],
 )
-def test_combines_with(method, layers, lowrank, compressed, news):
-    more = ["--galore-rank", 2] if "galore" in method else ["--velora-layers", layers]
-    finetune(lowrank, compressed, "--method", method, *more, "--task", "text", "--dataset", news, "--max-steps", 2,
-             "--lr", 0.01, "--out", "run")  # fmt: skip
-    before, after = tensors_of(compressed), tensors_of(Path("run/model"))
-    frozen = [n for n in before if not n.endswith((".A.weight", ".B.weight"))]
-    assert all(torch.equal(before[n], after[n]) for n in frozen)
-    assert any(not torch.equal(before[n], after[n]) for n in before)
+def test_combines_with(line, finetune, compressed):
+    finetune(f"{line} --max-steps 2", compressed)
+    before, after = tensors_of(compressed), tensors_of("run/model")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.endswith((".A.weight", ".B.weight")) for name in moved)
 
 
 def test_describes_what_it_aims_at():

@@ -10,7 +10,6 @@ from lowrank_cli.models.targets import select
 from lowrank_cli.svd import calibration
 from lowrank_cli.svd.spectrum import decompose
 
-
 pytestmark = pytest.mark.numerical
 
 
@@ -100,7 +99,7 @@ def test_windows_drop_what_is_left_over():
 
 def log_probabilities(model, text: list[torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([model(input_ids=ids).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for ids in text])
+        return torch.cat([model(input_ids=ids).logits[:, :-1].log_softmax(-1).flatten(0, 1) for ids in text])
 
 
 def divergence_of_a_cut(model, linear, factors, text, before: torch.Tensor) -> float:
@@ -117,7 +116,7 @@ def divergence_of_a_cut(model, linear, factors, text, before: torch.Tensor) -> f
 @pytest.mark.parametrize("rank", [4, 12])
 def test_cut_values_are_the_change_of_the_loss_where_inputs_and_gradients_are_independent(rank, model):
     """In a head of small weights: the gradients at the logits are those of uniform predictions, whatever the input."""
-    text = windows(16, batch=10, length=51)
+    model, text = model.double(), windows(16, batch=10, length=51)
     moments = calibration.collect(model, {"head": model.lm_head}, text, two_sided=True)["head"]
     found = decompose(model.lm_head.weight, moments.input, moments.output, damping=1e-9)
     factors, before = found.factors(model.lm_head.weight, rank), log_probabilities(model, text)
@@ -128,7 +127,8 @@ def test_cut_values_are_the_change_of_the_loss_where_inputs_and_gradients_are_in
 
 def test_cut_values_are_near_the_change_of_the_loss_of_a_trained_model(stories):
     """Inputs and gradients are not independent there: summed over linears of each kind, within a factor of two."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories).eval(), AutoTokenizer.from_pretrained(stories)
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stories)
     ids = [i for story in made_text.stories(30, "calibration") for i in tokenizer(story).input_ids]
     text = list(calibration.windows_of(torch.tensor(ids), 256))
     linears = dict(list(select(model, None).items())[::6])

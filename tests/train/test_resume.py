@@ -87,6 +87,7 @@ def test_interrupt_saves_exits_130_and_resumes_exactly(number, lowrank, process,
     assert_same_model(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_second_interrupt_stops_at_once_and_leaves_the_checkpoint_whole(process, tiny_flags, tmp_path):
     # one update of many micro-batches, so that the first interrupt is still being honoured when the second comes
     child = process("pretrain --max-steps 4000 --out run", *tiny_flags, "--save-every", 5)
