@@ -48,9 +48,9 @@ def test_a_budget_that_is_too_small_names_what_fits(lowrank):
     line = "pretrain --model llama-9m --batch-size 8 --memory-budget 60MB"
     code, out, err = lowrank(line)
     assert (code, out) == (3, "")
-    error, hint = err.splitlines()
+    error, _, hint = err.partition("hint: ")
     assert "over the budget of 60.0 MiB" in error
-    knobs = hint.partition(" with: ")[2]
+    knobs = hint.partition(" with: ")[2].strip()
     assert knobs.startswith("--batch-size")
     assert not Path("runs").exists()
     code, out, err = lowrank(f"{line} {knobs} --dry-run --json")
