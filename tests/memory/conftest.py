@@ -33,11 +33,11 @@ def quiet():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> str:
-    """A folder with weights to fine-tune: llama-9m with a vocabulary of 2,048."""
+    """A folder with weights to fine-tune: two layers of llama-9m with a vocabulary of 2,048."""
     path = tmp_path_factory.mktemp("base") / "model"
     config = resolve("pretrain", {"model": "llama-9m"}, {})
     architecture = models.build_config(config.model, vocab_size=2048, max_length=256)
-    architecture.pad_token_id = 0
+    architecture.pad_token_id, architecture.num_hidden_layers = 0, 2
     models.meta(architecture).to_empty(device="cpu").save_pretrained(path)
     return str(path)
 

@@ -15,10 +15,6 @@ from lowrank_cli.train import dry
 from lowrank_cli.train.dry import Description
 
 
-def total(config) -> int:
-    return Description(config, dry.architecture(config)).estimate().total
-
-
 def test_a_dry_run_adds_up_and_says_when_the_peak_is(lowrank):
     code, out, err = lowrank("pretrain --method galore --dry-run --json")
     assert code == 0, err
@@ -38,24 +34,24 @@ def test_finetune_has_a_dry_run_from_the_configuration_alone(lowrank, base):
         code, out, err = lowrank(f"finetune --model shape --dataset nowhere.jsonl --dry-run --json {quantize}")
         assert code == 0, err
         found.append(json.loads(out))
-    # the 802,816 elements of the layers' linears go from 4 bytes to half of one and its scales
+    # the 401,408 elements of the layers' linears go from 4 bytes to half of one and its scales
     saved = found[0]["weights_bytes"] - found[1]["weights_bytes"]
-    assert saved == pytest.approx(802_816 * (4 - 0.5 - 1 / 64), rel=0.02)
+    assert saved == pytest.approx(401_408 * (4 - 0.5 - 1 / 64), rel=0.02)
     assert found[0]["optimizer_states_bytes"] == found[1]["optimizer_states_bytes"]
 
 
-def test_a_budget_that_is_too_small_names_what_fits(lowrank):
-    line = "pretrain --model llama-9m --batch-size 8 --memory-budget 60MB"
+def test_a_budget_that_is_too_small_names_what_fits(lowrank, tiny_config):
+    line = f"pretrain --model-config {tiny_config} --vocab-size 512 --batch-size 8 --memory-budget 3MB"
     code, out, err = lowrank(line)
     assert (code, out) == (3, "")
     error, _, hint = err.partition("hint: ")
-    assert "over the budget of 60.0 MiB" in error
+    assert "over the budget of 3.0 MiB" in error
     knobs = hint.partition(" with: ")[2].strip()
     assert knobs.startswith("--batch-size")
     assert not Path("runs").exists()
     code, out, err = lowrank(f"{line} {knobs} --dry-run --json")
     assert code == 0, err
-    assert json.loads(out)["total_bytes"] <= 60 * 2**20
+    assert json.loads(out)["total_bytes"] <= 3 * 2**20
 
 
 def size(config) -> int:

@@ -45,36 +45,59 @@ FINETUNING = {
 }
 # of the models whose runs take a while
 LARGER = ("full", "galore", "galore, per layer", "galore, 8 bits", "velora", "gradnormlorp")
-RECOMPUTED = pytest.param(True, marks=pytest.mark.slow)
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, RECOMPUTED], ids=["kept", "recomputed"])
+KEPT, RECOMPUTED = False, True  # what becomes of activations
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", [KEPT, RECOMPUTED], ids=["kept", "recomputed"])
 
 
-def described(config) -> Description:
-    return Description(config, dry.architecture(config))
+def cases(names, quick: dict[str, bool]) -> pytest.MarkDecorator:
+    """Every name with activations kept and recomputed; all are slow but the form of those in `quick`."""
+    return pytest.mark.parametrize(
+        ("name", "checkpointing"),
+        [
+            pytest.param(
+                name, form, id=f"{name}-{'recomputed' if form else 'kept'}",
+                marks=[] if quick.get(name) is form else [pytest.mark.slow],
+            )
+            for name in names for form in (KEPT, RECOMPUTED)
+        ],
+    )  # fmt: skip
+
+
+def described(config, num_layers: int | None = None) -> Description:
+    shape = dry.architecture(config)
+    shape.num_hidden_layers = num_layers or shape.num_hidden_layers
+    return Description(config, shape)
 
 
 def compare(description: Description, measured, rel: float = 0.02) -> None:
     assert description.estimate().total == pytest.approx(measured(description), rel=rel)
 
 
-@CHECKPOINTING
-@pytest.mark.parametrize("name", PRETRAINING)
+# the others are made of parts of these
+@cases(
+    PRETRAINING,
+    {
+        "full, per layer": RECOMPUTED, "full, accumulated": KEPT, "galore, per layer, accumulated": KEPT,
+        "galore, clipped": RECOMPUTED, "galore, 8 bits": KEPT, "galore, adafactor": RECOMPUTED,
+        "galore, bfloat16": KEPT, "galore+velora": KEPT, "gradnormlorp, in backward": KEPT, "padded": KEPT,
+    },
+)  # fmt: skip
 def test_estimates_a_pretraining(name, checkpointing, pretraining, measured):
-    run = {"batch_size": 4, "vocab_size": 2048, "activation_checkpointing": checkpointing} | PRETRAINING[name]
-    compare(described(pretraining(**run)), measured)
+    run = {"batch_size": 4, "max_length": 128, "vocab_size": 2048, "activation_checkpointing": checkpointing}
+    compare(described(pretraining(**run | PRETRAINING[name]), num_layers=2), measured)
 
 
-@CHECKPOINTING
-@pytest.mark.parametrize("name", FINETUNING)
+@cases(
+    FINETUNING,
+    {"lora with dropout": KEPT, "lora+galore": RECOMPUTED, "dora": KEPT, "vblora": RECOMPUTED, "a task": KEPT},
+)
 def test_estimates_a_finetuning(name, checkpointing, finetuning, measured):
     run = {"batch_size": 4, "max_length": 128, "activation_checkpointing": checkpointing} | FINETUNING[name]
     compare(described(finetuning(**run)), measured)
 
 
-@CHECKPOINTING
-def test_estimates_a_frozen_base_in_4_bits(checkpointing, finetuning, measured):
-    pytest.importorskip("bitsandbytes")
-    run = {"batch_size": 4, "max_length": 128, "activation_checkpointing": checkpointing, "quantize": "nf4"}
+def test_estimates_a_frozen_base_in_4_bits(finetuning, measured):
+    run = {"batch_size": 4, "max_length": 128, "activation_checkpointing": True, "quantize": "nf4"}
     # the model is so small that the workspace of bitsandbytes' own kernel shows
     compare(described(finetuning(method="lora", **run)), measured, rel=0.05)
 
@@ -99,16 +122,19 @@ def test_estimates_adapters_on_larger_models(model, name, checkpointing, pretrai
     compare(Description(finetuning(**run), shape), measured, rel=0.05)
 
 
-@CHECKPOINTING
+@pytest.mark.parametrize(
+    "checkpointing", [KEPT, pytest.param(RECOMPUTED, marks=pytest.mark.slow)], ids=["kept", "recomputed"]
+)
 @pytest.mark.parametrize(
     ("shape", "more"),
     [
         # dropout of attention weights, which the CPU's fused kernel does not have
-        (GPT2Config(n_embd=256, n_layer=3, n_head=4, vocab_size=500, n_positions=128), {"method": "full"}),
+        (GPT2Config(n_embd=256, n_layer=2, n_head=4, vocab_size=500, n_positions=128), {"method": "full"}),
+        # seven layers: one more than are carried out
         (GPT2Config(n_embd=256, n_layer=7, n_head=4, vocab_size=500, attn_pdrop=0.0), {"method": "lora"}),
         (
             BertConfig(
-                hidden_size=64, num_hidden_layers=8, num_attention_heads=4, intermediate_size=128, vocab_size=500
+                hidden_size=64, num_hidden_layers=7, num_attention_heads=4, intermediate_size=128, vocab_size=500
             ),
             {"task": "mrpc", "method": "full"},
         ),
@@ -117,7 +143,7 @@ def test_estimates_adapters_on_larger_models(model, name, checkpointing, pretrai
             LlamaConfig(
                 hidden_size=64,
                 intermediate_size=96,
-                num_hidden_layers=8,
+                num_hidden_layers=7,
                 num_attention_heads=8,
                 num_key_value_heads=2,
                 vocab_size=500,
@@ -133,14 +159,13 @@ def test_estimates_other_architectures(shape, more, checkpointing, finetuning, m
     compare(Description(finetuning(**run), shape), measured, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["full", "galore", "galore, per layer", "velora", "galore+velora"])
-@CHECKPOINTING
+@cases(
+    ["full", "galore", "galore, per layer", "velora", "galore+velora"],
+    {"full": RECOMPUTED, "galore, per layer": KEPT, "velora": KEPT},
+)
 def test_layers_that_are_not_carried_out_are_counted_exactly(name, checkpointing, pretraining):
     run = {"model": "llama-9m", "batch_size": 2, "vocab_size": 300, "activation_checkpointing": checkpointing}
-    config = pretraining(**run | PRETRAINING[name])
-    shape = dry.architecture(config)
-    shape.num_hidden_layers = 9
-    description = Description(config, shape)
+    description = described(pretraining(**run | PRETRAINING[name]), num_layers=7)
     whole = memory.Estimate(tuple(simulate(description.run(), description.parts(None))))
     few = description.estimate()
     assert few.total == whole.total
@@ -184,8 +209,10 @@ def test_paper_formula_is_table_1(pretraining):
 
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "heads", "num_layers", "parameters"),
-    [(4096, 11008, 32, 32, 6.738e9), (8192, 28672, 64, 80, 78.37e9)],
-    ids=["7b", "70b"],
+    [
+        pytest.param(4096, 11008, 32, 32, 6.738e9, id="7b"),
+        pytest.param(8192, 28672, 64, 80, 78.37e9, id="70b", marks=pytest.mark.slow),
+    ],
 )
 def test_layers_alike_are_carried_out_once(hidden, intermediate, heads, num_layers, parameters, pretraining):
     run = {"method": "galore", "dtype": "bfloat16", "per_layer": True, "activation_checkpointing": True}

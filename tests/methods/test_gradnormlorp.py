@@ -164,8 +164,15 @@ def train(model, optimizer, steps) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("proj_type", ["full", "std"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize(
+    ("optimizer", "proj_type"),
+    [
+        ("adamw", "full"),
+        ("adamw8bit", "std"),
+        ("adafactor", "full"),
+        *(pytest.param(*case, marks=slow) for case in [("adamw", "std"), ("adamw8bit", "full"), ("adafactor", "std")]),
+    ],
+)
 def test_adapter_learns_and_only_it_changes(optimizer, proj_type):
     model = small_llama()
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -208,6 +208,27 @@ def test_8bit_moments_rotate_too():
     assert float((weights[0] - weights[1]).detach().norm()) < 0.05 * moved
 
 
+def test_8bit_moments_that_rotate_get_the_scales_of_their_new_values():
+    # a row of 256 columns is one block: where the leading two directions change places, so do the scales
+    rows = torch.tensor([100.0, 1.0])[:, None] * torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(torch.zeros(2, 256))
+    group = {"params": [weight], "rank": 2, "update_proj_gap": 2, "moments": "rotate", "refresh": "svd"}
+    optimizer = GaLoreAdamW8bit([group], lr=1e-3, betas=(0.9, 0.99), min_8bit_size=1)
+    grads = [rows, rows, rows.flip(0)]
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+    state, moment = optimizer.state[weight], torch.zeros(2, 256)
+    for grad in grads:
+        moment = 0.9 * moment + 0.1 * grad
+    scales = state["exp_avg_scale"][:, None]
+    codes = optimizer.codes[weight.device][0][state["exp_avg"].long()]
+    held = optimizer.bases(weight)["left"] @ (codes * scales)
+    # written three times; a code is off by up to 2^-5 of the largest of its block
+    torch.testing.assert_close(held, moment, rtol=0, atol=3 * 2**-5 * float(scales.max()))
+    assert float((held - moment)[1].norm() / moment[1].norm()) < 0.1
+
+
 def test_adafactor_refuses_to_rotate():
     group = {"params": [torch.nn.Parameter(torch.zeros(4, 4))], "rank": 2, "moments": "rotate"}
     with pytest.raises(ValueError, match="cannot be rotated"):
