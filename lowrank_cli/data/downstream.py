@@ -4,16 +4,15 @@ Where the published files have no parts, the first examples are trained on and t
 With the template qa the prompts are those of lm-eval, where it has the set: what is trained is what is evaluated.
 """
 
-import json
+import math
 from collections.abc import Callable, Iterable
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowrank_cli.data.instructions import Record, Turn
-from lowrank_cli.data.records import kind_of, read_records
+from lowrank_cli.data.records import read_examples
 from lowrank_cli.data.tasks import Task, from_hub, missing_data, task_folder
 from lowrank_cli.errors import UsageError
 
@@ -57,7 +56,7 @@ def load(
         for file in files:
             if not file.is_file():
                 raise missing_data(task, f"there is no {file.name} in {folder}")
-        parts = [_examples(file) for file in files]
+        parts = [read_examples(file)[1] for file in files]
         if len(parts) == 1:
             cut = int(task.train_share * len(parts[0]))
             parts = [parts[0][:cut], parts[0][cut:]]
@@ -78,20 +77,6 @@ def _hub(task: Task, offline: bool) -> tuple[list[tuple[str, Any]], ...]:
     )
 
 
-def _examples(path: Path) -> list[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        return list(read_records(path))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} is not JSON: {' '.join(str(error).split())}", "fetch it again") from error
-    # BIG-bench has its examples beside a description
-    records = content.get("examples") if isinstance(content, dict) else content
-    if not isinstance(records, list):
-        raise UsageError(f"{path} holds {kind_of(records)}, not a list of examples", "fetch it again")
-    return [(f"{path}, record {number}", record) for number, record in enumerate(records, 1)]
-
-
 def _read(
     read: Callable[[dict[str, Any], str], Record], examples: Iterable[tuple[str, Any]], task: Task
 ) -> list[Record]:
@@ -99,7 +84,7 @@ def _read(
     for where, example in examples:
         try:
             records.append(read(example, where))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise UsageError(
                 f"{where} is not an example of {task.name}: {type(error).__name__} {error}",
                 f"the published {task.folder} files are meant, see the docs on fine-tuning data",
@@ -110,6 +95,8 @@ def _read(
 
 
 def _record(where: str, question: str, answer: str, choices: tuple[str, ...] = (), about: str = "") -> Record:
+    if not all(isinstance(text, str) for text in (question, answer, about, *choices)):
+        raise TypeError("what is asked and answered is text")
     if choices and answer not in choices:
         raise ValueError(f"the answer {answer!r} is none of {', '.join(choices)}")
     return Record(where, (Turn(question.strip(), about.strip(), answer),), choices=choices)
@@ -118,7 +105,10 @@ def _record(where: str, question: str, answer: str, choices: tuple[str, ...] = (
 def _svamp(example: dict[str, Any], where: str) -> Record:
     body = example["Body"].strip()
     body += "" if body.endswith((".", "?", "!", ",")) else "."
-    return _record(where, f"{body} {example['Question']}", f"{float(example['Answer']):g}")
+    answer = float(example["Answer"])
+    if not math.isfinite(answer):
+        raise ValueError(f"the answer is {answer}, not a number")
+    return _record(where, f"{body} {example['Question']}", f"{answer:g}")
 
 
 def _strategyqa(example: dict[str, Any], where: str) -> Record:

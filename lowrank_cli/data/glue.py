@@ -1,11 +1,12 @@
 """GLUE's tasks: labelled sentences and pairs from the published files in a folder, or from the hub."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli.data.records import kind_of, read_records
+from lowrank_cli.data.records import kind_of, read_lines, read_records
 from lowrank_cli.data.tasks import Task, from_hub, missing_data, task_folder
 from lowrank_cli.errors import UsageError
 
@@ -74,29 +75,24 @@ def _part(folder: Path, task: Task, part: str) -> Path:
 
 
 def _tsv(path: Path, task: Task) -> Iterator[Example | str]:
-    """The examples; for a row that lacks a column its place."""
+    """Yield the examples; for a row with a column too few or too many its place."""
     columns = _COLA if task.name == "cola" else None
     needed = (*task.columns, task.label)
-    try:
-        # quotes are text, and \r or other line separators inside a sentence do not end a row
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                cells = line.rstrip("\r\n").split("\t")
-                if columns is None:
-                    columns = cells
-                    if lacking := [name for name in needed if name not in columns]:
-                        raise UsageError(
-                            f"{path} has no column '{lacking[0]}'; columns: {', '.join(columns)}",
-                            f"the published {task.folder} files have {', '.join(needed)}",
-                        )
-                    continue
-                row = dict(zip(columns, cells, strict=False))
-                where = f"{path}, line {number}"
-                yield _example(row, where, task) if all(row.get(name) for name in needed) else where
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason}", "fetch it again") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error}", "check the file and its permissions") from error
+    # quotes are text, and \r or other line separators inside a sentence do not end a row
+    for number, line in enumerate(read_lines(path), 1):
+        cells = line.rstrip("\r\n").split("\t")
+        if columns is None:
+            columns = cells
+            if wrong := [name for name in needed if columns.count(name) != 1]:
+                problem = f"the column '{wrong[0]}' twice" if wrong[0] in columns else f"no column '{wrong[0]}'"
+                raise UsageError(
+                    f"{path} has {problem}; columns: {', '.join(columns)}",
+                    f"the published {task.folder} files have {', '.join(needed)}",
+                )
+            continue
+        row, where = dict(zip(columns, cells, strict=False)), f"{path}, line {number}"
+        whole = len(cells) <= len(columns) and all(row.get(name) for name in needed)
+        yield _example(row, where, task) if whole else where
 
 
 def _records(path: Path, task: Task) -> Iterator[Example]:
@@ -122,9 +118,11 @@ def _example(row: Any, where: str, task: Task) -> Example:
 def _label(value: Any, where: str, task: Task) -> int | float:
     try:
         if task.kind == "regression":
-            return float(value)
+            if math.isfinite(score := float(value)):
+                return score
+            raise ValueError
         number = task.values.index(value) if value in task.values else int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
     if task.kind == "regression" or not 0 <= number < task.num_labels:
         allowed = (
@@ -141,9 +139,11 @@ def _whole(rows: Iterable[Example | str], name: str, status: Callable[[str], Non
     if not examples or len(broken) > _BROKEN_SHARE * len(examples):
         if broken:
             raise UsageError(
-                f"{len(broken):,} rows of {name} lack a column, the first is {broken[0]}", "fetch the file again"
+                f"{len(broken):,} rows of {name} have a column too few or too many, the first is {broken[0]}",
+                "fetch the file again",
             )
         raise UsageError(f"{name} has no examples", "fetch the file again")
     if broken:
-        status(f"{len(broken):,} rows of {name} lack a column and are left out, the first is {broken[0]}")
+        places = f"the first is {broken[0]}"
+        status(f"{len(broken):,} rows of {name} have a column too few or too many and are left out, {places}")
     return examples

@@ -1,18 +1,27 @@
 """The documents or records of one local file, by its ending; every broken record is named by file and line."""
 
+import bz2
 import csv
 import gzip
-import json
+import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
-from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.errors import LowrankError, MissingError, UsageError
+from lowrank_cli.foreign import parse_json
 
-ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".txt.gz", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
-_BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+# the opener of a compressed file by its last ending, and the program that checks one
+_COMPRESSED = {".gz": (gzip.open, "gzip"), ".bz2": (bz2.open, "bzip2"), ".xz": (lzma.open, "xz")}
+ENDINGS = (
+    *(text + more for more in ("", *_COMPRESSED) for text in (".txt", ".json", ".jsonl", ".csv")),
+    ".parquet",
+)
+_BROKEN_COMPRESSION = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
+_NOT_JSON = "a .json file is a list of objects or one object a line; a .jsonl file is one object a line"
+_NOT_CSV = "the first line names the columns; a value with a comma, a quote or a line end stands in quotes"
 Record = TypeVar("Record")
 PIECE = 20_000  # characters; a .txt file is cut at blank lines into documents of at most this many
 
@@ -37,32 +46,96 @@ def read_documents(path: Path, text_field: str) -> Iterator[str | None]:
     return (text_of(record, text_field, where) for where, record in read_records(path, text_field))
 
 
-def read_records(path: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
+def read_records(
+    path: Path, column: str | None = None, broken: Callable[[UsageError], None] | None = None
+) -> Iterator[tuple[str, Any]]:
     """The records of a file in order, each after its place for messages, such as "a.jsonl, line 3".
 
     Args:
         path: with one of ENDINGS but .txt.
         column: the only one that is read of a .parquet file; None reads all.
+        broken: takes the error of a line that is no record, and the next one is read; None raises it.
     Raises:
         UsageError: the file or a record of it cannot be read, or is not of this kind.
+        MissingError: there is no such file.
     """
     if ending(path).startswith(".txt"):
         raise UsageError(f"{path} is plain text, which has no records", "give a .json, .jsonl, .csv or .parquet file")
-    return _readable(path, _parquet(path, column) if ending(path) == ".parquet" else _text_file(path))
+    if ending(path) == ".parquet":
+        return _readable(path, _parquet(path, column))
+    return _readable(path, _text_file(path, broken or _stop))
+
+
+def read_examples(path: Path) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """Read the records of a published test set: JSON lines, a list, or an object with a list under `examples`.
+
+    Returns:
+        What stands beside the list, {} unless the file is an object; and the records after their places.
+    Raises:
+        UsageError: the file is none of these.
+        MissingError: there is no such file.
+    """
+    first, _, rest = ("", "", "") if ".jsonl" in ending(path) else read_whole(path).lstrip().partition("\n")
+    if not first or (rest.strip() and first.startswith("{") and first.rstrip().endswith("}")):
+        return {}, list(read_records(path))
+    content = parse_json(f"{first}\n{rest}", str(path), "fetch it again")
+    records = content.get("examples", content) if isinstance(content, dict) else content
+    if not isinstance(records, list):
+        raise UsageError(f"{path} holds {kind_of(records)}, not a list of examples", "fetch it again")
+    about = content if isinstance(content, dict) else {}
+    return about, [(f"{path}, record {number}", record) for number, record in enumerate(records, 1)]
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Read the rows of a CSV file that are not blank, each after the number of its first line.
+
+    Raises:
+        UsageError: the file cannot be read, or is not CSV.
+        MissingError: there is no such file.
+    """
+    return _readable(path, _rows(path))
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Read the lines of a text file, which end in \\n alone, with their ends; raises as `read_rows` does."""
+
+    def lines() -> Iterator[str]:
+        with _open_text(path, newline="\n") as file:
+            yield from _lines(path, file)
+
+    return _readable(path, lines())
+
+
+def read_whole(path: Path) -> str:
+    """Read a text file at once; raises as `read_rows` does."""
+
+    def whole() -> Iterator[str]:
+        with _open_text(path) as file:
+            yield file.read()
+
+    return next(_readable(path, whole()))
+
+
+def _stop(error: UsageError) -> NoReturn:
+    raise error
 
 
 def _readable(path: Path, items: Iterator[Record]) -> Iterator[Record]:
-    def broken(error: Exception) -> UsageError:
+    def broken(error: Exception) -> LowrankError:
         if isinstance(error, UnicodeDecodeError):
             return UsageError(f"{path} is not UTF-8 text: {error.reason}", "save it as UTF-8")
-        if isinstance(error, _BROKEN_GZIP):
+        if isinstance(error, FileNotFoundError):
+            return MissingError(f"there is no file {path}", "check the path, and get the whole set if it is of one")
+        # bzip2's errors are OSErrors that the system did not give
+        if path.suffix.lower() in _COMPRESSED and (isinstance(error, _BROKEN_COMPRESSION) or error.errno is None):
+            program = _COMPRESSED[path.suffix.lower()][1]
             return UsageError(
-                f"{path} is not a whole gzip file: {error}",
-                f"fetch or compress it again; `gzip -t {path.name}` checks one",
+                f"{path} is not a whole {program} file: {error}",
+                f"fetch or compress it again; `{program} -t {path.name}` checks one",
             )
         return UsageError(f"{path} cannot be read: {error}", "check the file and its permissions")
 
-    return translated(items, (UnicodeDecodeError, *_BROKEN_GZIP, OSError), broken)
+    return translated(items, (UnicodeDecodeError, *_BROKEN_COMPRESSION, OSError), broken)
 
 
 def translated(
@@ -77,6 +150,8 @@ def translated(
             record = next(records)
         except StopIteration:
             return
+        except (LowrankError, MemoryError):
+            raise
         except errors as error:
             raise translate(error) from error
         yield record
@@ -113,24 +188,34 @@ def pieces(lines: Iterable[str], limit: int = PIECE) -> Iterator[str]:
 
 def _pieces(path: Path) -> Iterator[str]:
     with _open_text(path) as file:
-        yield from pieces(iter(lambda: file.readline(PIECE), ""))
+        yield from pieces(_lines(path, file, PIECE))
 
 
-def _text_file(path: Path) -> Iterator[tuple[str, Any]]:
-    kind = ending(path)
+def _lines(path: Path, file: TextIO, limit: int = -1) -> Iterator[str]:
+    """Yield the lines of a file, those over the limit in several; a NUL byte is an error."""
+    number = 1
+    while line := file.readline(limit):
+        if "\0" in line:
+            raise UsageError(
+                f"{path}, line {number}: a NUL byte, which no text holds", "save it as UTF-8, or fetch it again"
+            )
+        number += line.endswith(("\n", "\r"))
+        yield line
+
+
+def _text_file(path: Path, broken: Callable[[UsageError], None]) -> Iterator[tuple[str, Any]]:
+    if ending(path).startswith(".csv"):
+        yield from _csv(path, broken)
+        return
     with _open_text(path) as file:
-        if kind.startswith(".csv"):
-            yield from _csv(path, file)
-        elif kind.startswith(".jsonl") or not _starts_with_bracket(file):
-            yield from _json_lines(path, file)
+        if ending(path).startswith(".jsonl") or not _starts_with_bracket(file):
+            yield from _json_lines(path, file, broken)
         else:
             yield from _json_list(path, file)
 
 
-def _open_text(path: Path) -> TextIO:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    # a csv value may hold line breaks, which newline="" keeps
-    newline = "" if ".csv" in ending(path) else None
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
+    opener = _COMPRESSED[path.suffix.lower()][0] if path.suffix.lower() in _COMPRESSED else open
     return opener(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
@@ -141,55 +226,63 @@ def _starts_with_bracket(file: TextIO) -> bool:
     return character == "["
 
 
-def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, file: TextIO, broken: Callable[[UsageError], None]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})",
-                "a .json file is a list of objects or one object a line; a .jsonl file is one object a line",
-            ) from error
-        yield f"{path}, line {number}", record
+            found = [(where, parse_json(line.rstrip(), where, _NOT_JSON))] if line.strip() else []
+        except UsageError as error:
+            broken(error)
+            continue
+        yield from found
 
 
 def _json_list(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
-    try:
-        records = json.load(file)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})",
-            "a .json file is a list of objects or one object a line",
-        ) from error
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(parse_json(file.read(), str(path), _NOT_JSON), 1):
         yield f"{path}, record {number}", record
 
 
-def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     # the default of 128 KiB a value is less than one long document
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(file)
+    # a value may hold line breaks, which newline="" keeps
+    with _open_text(path, newline="") as file:
+        # strict: a quote that is never closed would swallow the rest of the file
+        reader = csv.reader(_lines(path, file), strict=True)
+        while True:
+            first = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise UsageError(f"{path}, line {first}: not CSV ({error})", _NOT_CSV) from None
+            if row is None:
+                return
+            if row:
+                yield first, row
 
-    def broken(error: Exception) -> UsageError:
-        return UsageError(
-            f"{path}, line {reader.line_num}: not CSV ({error})",
-            "save it as comma-separated UTF-8 with the column names in the first line",
-        )
 
-    for row in translated(iter(reader), (csv.Error,), broken):
-        yield f"{path}, line {reader.line_num}", row
+def _csv(path: Path, broken: Callable[[UsageError], None]) -> Iterator[tuple[str, Any]]:
+    rows = _rows(path)
+    number, names = next(rows, (1, []))
+    double = next((name for name in names if names.count(name) > 1), None)
+    # a table that was written with the numbers of its rows has no name for their column
+    if double is not None or "" in names[1:] or names == [""]:
+        what = f"'{double}' twice" if double else "a column without a name"
+        raise UsageError(f"{path}, line {number}: the header has {what}", "give each column a name of its own")
+    for number, row in rows:
+        where = f"{path}, line {number}"
+        if len(row) == len(names):
+            yield where, dict(zip(names, row, strict=True))
+        else:
+            broken(UsageError(f"{where}: {len(row)} cells, and the header has {len(names)}", _NOT_CSV))
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    import pyarrow
     from pyarrow import parquet
 
     def broken(error: Exception) -> UsageError:
-        return UsageError(
-            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}", "fetch or write it again"
-        )
+        lines = str(error).splitlines() or [type(error).__name__]
+        return UsageError(f"{path} is not a readable parquet file: {lines[0]}", "fetch or write it again")
 
     def rows() -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(path) as file:
@@ -198,7 +291,8 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
                 yield from batch.to_pylist()
 
-    for number, row in enumerate(translated(rows(), (pyarrow.ArrowException, OSError), broken), 1):
+    # pyarrow raises anything for a broken file
+    for number, row in enumerate(translated(rows(), (Exception,), broken), 1):
         yield f"{path}, record {number}", row
 
 

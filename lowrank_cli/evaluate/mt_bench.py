@@ -19,8 +19,9 @@ import torch
 from lowrank_cli import console
 from lowrank_cli.data import templates
 from lowrank_cli.data.instructions import Record, Turn
+from lowrank_cli.data.records import read_records, read_whole
 from lowrank_cli.data.tokenizer import adds_bos
-from lowrank_cli.errors import MissingError, PreflightError, UsageError
+from lowrank_cli.errors import PreflightError, UsageError
 from lowrank_cli.evaluate.progress import Progress
 from lowrank_cli.evaluate.subject import Subject
 
@@ -35,28 +36,18 @@ def read_questions(file: str | None, limit: int | None) -> list[dict[str, Any]]:
     """FastChat's questions: `question_id`, `category`, `turns`.
 
     Raises:
-        UsageError: no file is named, or a line is broken.
+        UsageError: no file is named, or a line is broken; the line is named.
         MissingError: the file is not there.
     """
     if file is None:
         raise UsageError("mt-bench needs its questions", "lowrank eval mt-bench --questions question.jsonl")
     path = Path(file).expanduser()
-    if not path.is_file():
-        raise MissingError(f"there is no file {file}", "get question.jsonl of FastChat's llm_judge/data/mt_bench")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-            turns = question["turns"]
-            whole = "question_id" in question and turns and all(isinstance(turn, str) for turn in turns)
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
-            raise UsageError(
-                f"{path}, line {number}: not a question of MT-Bench", 'a line is {"question_id": 81, "turns": ["..."]}'
-            )
+    for where, question in read_records(path):
+        turns = question.get("turns") if isinstance(question, dict) else None
+        whole = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+        if not whole or not isinstance(question.get("question_id"), int | str):
+            raise UsageError(f"{where}: not a question of MT-Bench", 'a line is {"question_id": 81, "turns": ["..."]}')
         questions.append(question)
     if not questions:
         raise UsageError(f"{path} has no questions", "give FastChat's question.jsonl")
@@ -116,7 +107,7 @@ def write_answers(
 def _turns(
     subject: Subject, template: templates.Template, question: dict[str, Any], max_new_tokens: int, seed: int
 ) -> Iterator[str]:
-    temperature = TEMPERATURES.get(question.get("category", ""), OTHER_TEMPERATURE)
+    temperature = TEMPERATURES.get(str(question.get("category")), OTHER_TEMPERATURE)
     said: list[Turn] = []
     for number, text in enumerate(question["turns"]):
         prompt = _prompt(subject, template, [*said, Turn(text, "", "")])
@@ -167,8 +158,10 @@ def _answered(path: Path) -> set[Any]:
     """Questions that have an answer; what an interruption left half written is cut off."""
     if not path.is_file():
         return set()
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
-    return {json.loads(line)["question_id"] for line in lines if line.strip()}
+    whole, end, half = read_whole(path).rpartition("\n")
+    if half:
+        path.write_text(whole + end, encoding="utf-8")
+    try:
+        return {answer["question_id"] for _, answer in read_records(path)}
+    except (TypeError, KeyError):
+        raise UsageError(f"{path} holds lines that are no answers", "give another folder with --out") from None

@@ -6,16 +6,15 @@ line: an evaluation that drops or miscounts a question is worse than none.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
+import math
 import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.data.records import read_examples, read_rows, read_whole
+from lowrank_cli.errors import UsageError
 
 LETTERS = ("A", "B", "C", "D")
 Records = list[dict[str, Any]]
@@ -36,31 +35,13 @@ def mmlu(files: dict[str, str], subject: str) -> dict[str, Records]:
 
 def _mmlu_rows(path: Path, subject: str) -> Iterator[dict[str, Any]]:
     hint = "a row is: question, four choices, and the letter of the answer; fields with commas or line ends in quotes"
-    end = 0
-    with _open(path) as file:
-        reader = csv.reader(file, strict=True)
-        while True:
-            start = end + 1
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                raise UsageError(f"{path}, line {start}: not CSV ({error})", hint) from None
-            end = reader.line_num
-            if row is None:
-                return
-            if not row:
-                continue
-            if len(row) != 6:
-                raise UsageError(f"{path}, line {start}: {len(row)} columns instead of 6", hint)
-            question, *choices, answer = row
-            if answer.strip() not in LETTERS:
-                raise UsageError(f"{path}, line {start}: the label is {answer!r}, not one of A, B, C, D", hint)
-            yield {
-                "question": question,
-                "subject": subject,
-                "choices": choices,
-                "answer": LETTERS.index(answer.strip()),
-            }
+    for line, row in read_rows(path):
+        if len(row) != 6:
+            raise UsageError(f"{path}, line {line}: {len(row)} columns instead of 6", hint)
+        question, *choices, answer = row
+        if answer.strip() not in LETTERS:
+            raise UsageError(f"{path}, line {line}: the label is {answer!r}, not one of A, B, C, D", hint)
+        yield {"question": question, "subject": subject, "choices": choices, "answer": LETTERS.index(answer.strip())}
 
 
 def boolq(files: dict[str, str], train: float = 0.0) -> dict[str, Records]:
@@ -139,7 +120,7 @@ def svamp(files: dict[str, str]) -> dict[str, Records]:
 
     def convert(record: dict[str, Any], where: str) -> dict[str, Any]:
         answer = record.get("Answer")
-        if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+        if isinstance(answer, bool) or not isinstance(answer, (int, float)) or not math.isfinite(answer):
             raise UsageError(f"{where}: the answer is {answer!r}, not a number", "mend the record")
         texts = _texts(record, ("Body", "Question"), where)
         # 51.0 is written 51, as a model would
@@ -176,14 +157,13 @@ def bigbench(files: dict[str, str], train: float) -> dict[str, Records]:
         files: the one file, as "test".
         train: the share at the beginning that is kept for training.
     """
-    path = Path(files["test"])
-    content = _json(path)
-    before = content.get("example_input_prefix", "\nQ: ") if isinstance(content, dict) else ""
-    after = content.get("example_output_prefix", "\nA: ") if isinstance(content, dict) else ""
+    about, examples = read_examples(Path(files["test"]))
+    before, after = about.get("example_input_prefix", "\nQ: "), about.get("example_output_prefix", "\nA: ")
     records = []
-    for number, (record, where) in enumerate(_examples(path, content)):
-        scores = record.get("target_scores")
-        if not isinstance(scores, dict) or not scores or max(scores.values()) <= 0:
+    for number, (where, record) in enumerate(examples):
+        scores = record.get("target_scores") if isinstance(record, dict) else None
+        numbers = isinstance(scores, dict) and all(isinstance(score, (int, float)) for score in scores.values())
+        if not numbers or max(scores.values(), default=0) <= 0:
             raise UsageError(f"{where}: no target_scores with a right choice", "mend the record")
         order = list(scores.items())
         random.Random(number).shuffle(order)
@@ -209,9 +189,7 @@ def wikitext(files: dict[str, str]) -> dict[str, Records]:
 
 def _pages(path: Path) -> Iterator[str]:
     page: list[str] = []
-    with _open(path) as file:
-        text = file.read()
-    for line in text.split("\n"):
+    for line in read_whole(path).split("\n"):
         heading = line.strip()
         if re.match(r"= (?!=)", heading) and re.search(r"(?<!=) =$", heading) and page:
             if "\n".join(page).strip():
@@ -227,8 +205,7 @@ def wikitext_rows(path: Path) -> list[str]:
 
     Joined by two line ends they are the text on which the literature measures perplexity.
     """
-    with _open(path) as file:
-        lines = file.read().split("\n")
+    lines = read_whole(path).split("\n")
     if lines and not lines[-1]:
         lines.pop()
     return [f"{line}\n" if line.strip() else "" for line in lines]
@@ -237,11 +214,10 @@ def wikitext_rows(path: Path) -> list[str]:
 def _converted(files: dict[str, str], convert) -> dict[str, Records]:
     found = {}
     for split, file in files.items():
-        path = Path(file)
-        content = None if path.name.removesuffix(".gz").endswith(".jsonl") else _json(path)
-        found[split] = [convert(record, where) for record, where in _examples(path, content)]
+        _, examples = read_examples(Path(file))
+        found[split] = [convert(_object(record, where), where) for where, record in examples]
         if not found[split]:
-            raise UsageError(f"{path} holds no records", "check the file")
+            raise UsageError(f"{file} holds no records", "check the file")
     return found
 
 
@@ -252,51 +228,10 @@ def _parted(splits: dict[str, Records], train: float) -> dict[str, Records]:
     return {"train": records[:cut], "test": records[cut:]}
 
 
-def _examples(path: Path, content: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """The records of a file with their places: of JSON lines, of a list, or of a list under `examples`."""
-    if content is None:
-        with _open(path) as file:
-            for number, line in enumerate(_lines(path, file), 1):
-                if line.strip():
-                    yield _object(_parse(line, path, number), f"{path}, line {number}")
-        return
-    records = content.get("examples") if isinstance(content, dict) else content
-    if not isinstance(records, list):
-        raise UsageError(f"{path} holds no list of records", "check the file")
-    for number, record in enumerate(records, 1):
-        yield _object(record, f"{path}, record {number}")
-
-
-def _lines(path: Path, file: Iterable[str]) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason}", "save it as UTF-8") from None
-
-
-def _object(record: Any, where: str) -> tuple[dict[str, Any], str]:
+def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UsageError(f"{where}: not a JSON object", "mend the record")
-    return record, where
-
-
-def _json(path: Path) -> Any:
-    with _open(path) as file:
-        text = "".join(_lines(path, file))
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        # a .json file may be JSON lines as well
-        if error.msg == "Extra data":
-            return None
-        raise UsageError(f"{path}, line {error.lineno}: not JSON ({error.msg})", "mend the file") from None
-
-
-def _parse(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}, line {number}: not JSON ({error.msg})", "one JSON object a line") from None
+    return record
 
 
 def _texts(record: dict[str, Any], keys: Iterable[str], where: str) -> dict[str, str]:
@@ -307,10 +242,3 @@ def _texts(record: dict[str, Any], keys: Iterable[str], where: str) -> dict[str,
             raise UsageError(f"{where}: '{key}' is {'missing' if value is None else 'no text'}", "mend the record")
         found[key] = value
     return found
-
-
-def _open(path: Path):
-    if not path.is_file():
-        raise MissingError(f"there is no file {path}", "get the whole set as it was published")
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None)

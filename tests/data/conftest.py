@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -14,8 +16,8 @@ def write(tmp_path):
         if isinstance(content, list):
             content = "".join(json.dumps(record) + "\n" for record in content)
         if isinstance(content, str):
-            content = content.encode()
-            content = gzip.compress(content) if name.endswith(".gz") else content
+            compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+            content = compress(content.encode())
         path.write_bytes(content)
         return path
 

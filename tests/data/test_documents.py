@@ -1,3 +1,4 @@
+import bz2
 import csv
 import gzip
 import json
@@ -55,7 +56,10 @@ def test_validation_dataset_replaces_the_held_out_documents(write, documents):
 
 @pytest.mark.parametrize(
     "name",
-    ["a.jsonl", "a.json", "a.json.gz", "a.jsonl.gz", "list.json", "list.json.gz", "a.csv", "a.csv.gz", "a.parquet"],
+    [
+        *("a.jsonl", "a.json", "a.json.gz", "a.jsonl.gz", "list.json", "list.json.gz", "a.csv", "a.csv.gz"),
+        *("a.jsonl.bz2", "a.json.xz", "a.csv.bz2", "a.parquet"),
+    ],
 )
 def test_every_format_gives_the_same_documents(name, write, tmp_path, documents):
     texts = [t + '\n\n"quoted", é' for t in documents]
@@ -63,7 +67,8 @@ def test_every_format_gives_the_same_documents(name, write, tmp_path, documents)
     if name == "a.parquet":
         parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name, row_group_size=7)
     elif name.startswith("a.csv"):
-        with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt", newline="", encoding="utf-8") as file:
+        opener = {"gz": gzip.open, "bz2": bz2.open}.get(name.rpartition(".")[2], open)
+        with opener(tmp_path / name, "wt", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["id", "body"])
             writer.writeheader()
             writer.writerows(records)
@@ -146,6 +151,19 @@ def test_position_continues_anywhere_and_a_finished_pass_rewinds(name, write, tm
     ("number.jsonl", [{"text": 3}], "line 1: 'text' is a number, not text", "--text-field"),
     ("string.jsonl", ["a"], "line 1: a record is an object with a 'text' key, not a string", "one object a line"),
     ("letter.docx", "a", "has an ending that is not read here", ".parquet"),
+    ("deep.jsonl", '{"text": "a"}\n{"text": "b", "meta": ' + "[" * 3000 + "]" * 3000 + "}\n", "line 2: ", "one object a line"),
+    ("long.json", '[{"text": "a", "meta": ' + "7" * 5000 + "}]", "long.json: Exceeds the limit", "one object a line"),
+    ("half.jsonl", '{"text": "a"}\n{"text": "a \\ud83d b"}\n', "line 2: a string holds '\\ud83d'", "pair"),
+    ("more.csv", "text,url\na,b\nx, y,b\n", "line 3: 3 cells, and the header has 2", "quotes"),
+    ("less.csv", 'text,url\na,b\n"x\ny",b\nz\n', "line 5: 1 cells, and the header has 2", "quotes"),
+    ("open.csv", 'text,url\na,b\n"x,b\ny,b\n', "line 3: not CSV", "quotes"),
+    ("twice.csv", "text,text\na,b\n", "line 1: the header has 'text' twice", "name"),
+    ("unnamed.csv", "text,\na,b\n", "line 1: the header has a column without a name", "name"),
+    ("zero.csv", "text,url\na,b\na\0,b\n", "line 3: a NUL byte", "UTF-8"),
+    ("zero.txt", "a\nb\n" + "\0" * 50_000, "line 3: a NUL byte", "UTF-8"),
+    ("cut.json.bz2", bz2.compress(b'{"text": "a"}' * 1000)[:40], "is not a whole bzip2 file", "bzip2 -t"),
+    ("plain.json.bz2", b'{"text": "a"}', "is not a whole bzip2 file", "bzip2 -t"),
+    ("plain.json.xz", b'{"text": "a"}', "is not a whole xz file", "xz -t"),
     ("latin.txt", "caf\xe9".encode("latin-1"), "is not UTF-8 text", "UTF-8"),
     ("plain.json.gz", b'{"text": "a"}', "is not a whole gzip file", "gzip -t"),
     ("cut.json.gz", gzip.compress(b'{"text": "a"}' * 1000, mtime=0)[:40], "is not a whole gzip file", "gzip -t"),
@@ -158,6 +176,18 @@ def test_errors_name_the_place_and_the_way_out(name, content, message, hint, wri
     assert message in caught.value.message
     assert hint in caught.value.hint
     assert "\n" not in caught.value.message + caught.value.hint
+
+
+def test_a_column_of_numbers_that_pandas_wrote_first_needs_no_name(write):
+    assert parts(write("a.csv", ",text\n0,a\n1,b\n2,c\n")) == (["a", "c"], ["b"])
+
+
+def test_a_parquet_file_whose_text_is_no_unicode_is_an_error(tmp_path):
+    column = pyarrow.StringArray.from_buffers(2, pyarrow.array([0, 1, 4], pyarrow.int32()).buffers()[1],
+                                              pyarrow.py_buffer(b"a\xed\xa0\xbd"))  # fmt: skip
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="a.parquet is not"):
+        list(open_source(DataConfig(dataset=str(tmp_path / "a.parquet"))))
 
 
 def test_parquet_without_the_column_names_those_there(tmp_path):

@@ -286,6 +286,31 @@ def test_offline_without_a_folder_says_both_ways_out(name, monkeypatch, tmp_path
     assert ("from the hub" in caught.value.hint) == (name != "svamp")
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("sentence\tlabel\tsentence\n", "the column 'sentence' twice"),
+        ("sentence\tlabel\n" + "a\t1\n" * 20 + "a\tb\t1\n", "line 22"),
+        ("sentence\tlabel\na\0\t1\n", "line 2: a NUL byte"),
+        ("sentence\tlabel\na\tnan\n", "line 2: the label is 'nan'"),
+    ],
+)
+def test_a_broken_table_is_named(rows, words, write, tmp_path):
+    for part in ("train", "dev"):
+        write(f"SST-2/{part}.tsv", rows)
+    with pytest.raises(UsageError) as caught:
+        load("sst2", tmp_path)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("label", ["nan", "inf", "1e999"])
+def test_a_score_is_a_finite_number(label, write, tmp_path):
+    for part in ("train", "dev"):
+        write(f"STS-B/{part}.tsv", f"sentence1\tsentence2\tscore\na\tb\t{label}\n")
+    with pytest.raises(UsageError, match="line 2: the label is"):
+        load("stsb", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["qnli", "mnli"])
 def test_files_that_are_not_there_are_missing(name, test_data):
     with pytest.raises(MissingError, match="no train.tsv"):
@@ -304,6 +329,8 @@ def test_a_folder_that_is_not_there_is_missing(tmp_path):
         ('{"examples": 3}', "holds a number"),
         ('[{"Body": "b", "Question": "q"}, 1]', "record 1 is not an example of svamp: KeyError 'Answer'"),
         ('[{"Body": "b", "Question": "q", "Answer": "x"}, 1]', "record 1 is not an example of svamp"),
+        ('[{"Body": "b", "Question": "q", "Answer": 1e999}, 1]', "record 1 is not an example of svamp"),
+        ('[{"Body": "b", "Question": "q", "a": ' + "[" * 3000 + "]" * 3000 + "}]", "nested too deep"),
         ("[]", "part without examples"),
     ],
 )

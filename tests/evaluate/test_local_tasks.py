@@ -227,10 +227,19 @@ def test_data_of_another_folder_are_other_tasks(mmlu_copy, test_data):
         ("boolq", "boolq_dev.jsonl", '{"question": "a"\n', "line 1: not JSON"),
         ("gsm8k", "gsm8k/test.jsonl", '{"question": "a", "answer": "4"}', "has no '#### N'"),
         ("svamp", "SVAMP.json", '[{"Body": "a", "Question": "b", "Answer": "x"}]', "record 1: the answer is 'x'"),
-        ("svamp", "SVAMP.json", '{"a": 1}', "holds no list of records"),
+        ("svamp", "SVAMP.json", '{"a": 1}', "holds an object, not a list"),
         ("coin_flip", "coin_flip.json", '{"examples": [{"question": "a", "answer": "maybe"}]}', "not yes or no"),
         ("math500", "math500/test.jsonl", '{"problem": "a", "solution": "4"}', "no \\\\boxed answer"),
         ("strategyqa", "StrategyQA/task.json", '{"examples": [{"input": "a", "target_scores": {}}]}', "record 1"),
+        (
+            "strategyqa",
+            "StrategyQA/task.json",
+            '{"examples": [{"input": "a", "target_scores": {"a": "1", "b": 0}}]}',
+            "record 1",
+        ),
+        ("svamp", "SVAMP.json", '[{"Body": "a", "Question": "b", "Answer": 1e400}]', "record 1: the answer is inf"),
+        ("gsm8k", "gsm8k/test.jsonl", '{"question": "a", "meta": ' + "[" * 3000 + "]" * 3000 + "}", "line 1: .*deep"),
+        ("gsm8k", "gsm8k/test.jsonl", '{"question": "a", "answer": "\\ud83d #### 4"}', "line 1: .*surrogate"),
     ],
 )
 def test_broken_records_are_named(name, file, text, said, tmp_path):

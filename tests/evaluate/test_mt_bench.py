@@ -80,9 +80,11 @@ def test_broken_questions_are_named(tmp_path):
         mt_bench.read_questions(str(tmp_path / "q.jsonl"), None)
     path = tmp_path / "q.jsonl"
     good = json.dumps(QUESTIONS[0])
-    for bad in ("{", "3", '{"turns": ["a"]}', '{"question_id": 1, "turns": [1]}', '{"question_id": 1, "turns": []}'):
+    for bad in ("{", "3", '{"turns": ["a"]}', '{"question_id": 1, "turns": [1]}', '{"question_id": 1, "turns": []}',
+                '{"question_id": [1], "turns": ["a"]}', '{"turns": ' + "[" * 3000 + "]" * 3000 + "}"):  # fmt: skip
         path.write_text(f"{good}\n\n{bad}\n", encoding="utf-8")
         with pytest.raises(UsageError, match="line 3"):
             mt_bench.read_questions(str(path), None)
-    path.write_text(f"{good}\n{good}\n", encoding="utf-8")
+    # a line separator inside a question ends no line
+    path.write_text(f"{good}\n{good.replace('Once', chr(0x2028))}\n", encoding="utf-8")
     assert len(mt_bench.read_questions(str(path), 1)) == 1
