@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lowrank_cli import console
 from lowrank_cli.config import DataConfig
+from lowrank_cli.data.folders import files_below
 from lowrank_cli.data.records import ENDINGS, ending, read_documents
 from lowrank_cli.errors import MissingError, UsageError
 
 HELD_OUT_EVERY = 20  # documents; the second of every 20 is validation where a dataset has no such part
-FORMS = (
-    "--dataset takes stdlib, a .txt .json .jsonl .csv or .parquet file (text ones also as .gz), a folder, or a hub id"
-)
+FORMS = "--dataset takes stdlib, a .txt .json .jsonl .csv or .parquet file (.gz .bz2 .xz too), a folder, or a hub id"
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _PARTS = {
     "train": "train",
@@ -233,12 +233,13 @@ def _local(path: Path, text_field: str, part: str, otherwise: str) -> FileSource
         if not ending(path):
             raise UsageError(f"{path} has an ending that is not read here", FORMS)
         return source([path], held_out)
-    files = sorted(
-        (p for p in path.rglob("*") if p.is_file() and ending(p) and not _hidden(p, path)),
-        key=lambda p: p.relative_to(path).as_posix(),
-    )
+    files, left_out = files_below(path)
     if not files:
-        raise UsageError(f"the folder {path} has no file that is read here", f"endings: {' '.join(ENDINGS)}")
+        found = f" ({left_out})" if left_out else ""
+        raise UsageError(f"the folder {path} has no file that is read here{found}", f"endings: {' '.join(ENDINGS)}")
+    # once, though the folder is opened for each part
+    if left_out and (part == "train" or otherwise == "all"):
+        console.note(f"{path}: {left_out}")
     parts = [_part_of(p.relative_to(path)) for p in files]
     chosen = next((p for p in ("validation", "test") if p in parts), None)
     train = [f for f, p in zip(files, parts, strict=True) if p in (None, "train")]
@@ -250,10 +251,6 @@ def _local(path: Path, text_field: str, part: str, otherwise: str) -> FileSource
             "give a folder with train files, or one file by its name",
         )
     return source(train, None if chosen else held_out)
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(name.startswith(".") for name in path.relative_to(root).parts)
 
 
 def _part_of(path: Path) -> str | None:

@@ -2,6 +2,7 @@ import bz2
 import csv
 import gzip
 import json
+import os
 from dataclasses import replace
 
 import pyarrow
@@ -106,6 +107,37 @@ def test_folder_parts_by_name_of_file_and_folder(write, tmp_path):
     assert validation == ["my-valid.txt", "validation/c.txt"]
 
 
+def test_linked_folders_are_read_each_real_one_once(write, tmp_path):
+    for name in ("data/a/x.txt", "data/train/y.txt", "elsewhere/deep/z.txt", "beside.txt"):
+        write(name, name)
+    links = {"data/b": "elsewhere", "data/again": "data/train", "data/c.txt": "beside.txt"}
+    for link, target in (links | {"data/a/up": "data", "data/above": ".", "elsewhere/loop": "elsewhere"}).items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    files = open_source(DataConfig(dataset=str(tmp_path / "data"))).files
+    found = [path.relative_to(tmp_path / "data").as_posix() for path in files]
+    assert found == ["a/x.txt", "b/deep/z.txt", "c.txt", "train/y.txt"]
+
+
+def test_what_a_folder_holds_and_is_not_read_is_named_once(write, tmp_path, capsys):
+    for name in ("a.txt", "b.txt", "c/d.jsonl.zst", "e.ZST", "f.tsv", "LICENSE", ".hidden.zst"):
+        write(name, name)
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    assert parts(tmp_path) == (["a.txt"], ["b.txt"])
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: 5 files are not read: 2 .zst, 1 .tsv, 1 without an ending, "
+        "gone.jsonl, which is a broken link or no file\n"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_may_not_be_listed_is_an_error(write, tmp_path):
+    write("a/x.txt", "x")
+    (tmp_path / "a").chmod(0)
+    with pytest.raises(UsageError, match="a cannot be read: Permission denied"):
+        open_source(DataConfig(dataset=str(tmp_path)))
+    (tmp_path / "a").chmod(0o700)
+
+
 def test_test_files_are_validation_when_there_is_nothing_better(write, tmp_path):
     write("train.txt", "t")
     write("test.txt", "e")
@@ -151,7 +183,7 @@ def test_position_continues_anywhere_and_a_finished_pass_rewinds(name, write, tm
     ("number.jsonl", [{"text": 3}], "line 1: 'text' is a number, not text", "--text-field"),
     ("string.jsonl", ["a"], "line 1: a record is an object with a 'text' key, not a string", "one object a line"),
     ("letter.docx", "a", "has an ending that is not read here", ".parquet"),
-    ("deep.jsonl", '{"text": "a"}\n{"text": "b", "meta": ' + "[" * 3000 + "]" * 3000 + "}\n", "line 2: ", "one object a line"),
+    ("deep.jsonl", '{"text": "a"}\n{"text": "b", "meta": ' + "[" * 3000 + "]" * 3000 + "}\n", "line 2: ", "a line"),
     ("long.json", '[{"text": "a", "meta": ' + "7" * 5000 + "}]", "long.json: Exceeds the limit", "one object a line"),
     ("half.jsonl", '{"text": "a"}\n{"text": "a \\ud83d b"}\n', "line 2: a string holds '\\ud83d'", "pair"),
     ("more.csv", "text,url\na,b\nx, y,b\n", "line 3: 3 cells, and the header has 2", "quotes"),
