@@ -31,10 +31,10 @@ struct Adam {
   float eps, step_size, decay;
 };
 
-// NaN stays NaN.
+// NaN stays NaN, and infinity becomes NaN: a weight that is broken shows it.
 LOWRANK_FN float clamp_gradient(float grad) {
-  grad = grad > kLargest ? kLargest : grad;
-  return grad < -kLargest ? -kLargest : grad;
+  const float low = grad > kLargest ? kLargest : grad;
+  return (low < -kLargest ? -kLargest : low) + 0.0f * grad;
 }
 
 // Takes both moments one step on; returns the direction M / (sqrt(V) + eps).

@@ -23,13 +23,12 @@ from torch import Tensor
 from lowrank_cli import console
 from lowrank_cli.errors import UsageError
 from lowrank_cli.ops import build
+from lowrank_cli.ops.precision import cut
 
 KERNELS = ("auto", "cuda", "cpu", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # elements of 8-bit moments that share a scale, as in bitsandbytes
 BLOCK = 256
-# gradients are cut to this, whose square float32 still holds
-LARGEST = 1e18
 # above this rank a step on a GPU is bound by its two products, which are then the library's; not measured yet
 CUDA_LARGE_RANK = 256
 
@@ -177,7 +176,7 @@ def galore_step_(
         basis = basis.float()
         if not projected:
             grad = basis.mT @ grad.float() if left else grad.float() @ basis
-        grad = grad.clamp(-LARGEST, LARGEST)
+        grad = cut(grad)
         moments, scales = (exp_avgs[i], exp_avg_sqs[i]), ()
         mean, square = moments
         if codes:
@@ -228,7 +227,7 @@ def velora_step_(
         decay: 1 - learning rate * weight decay.
         scalars: as for `galore_step_`.
     """
-    factor = factor.clamp(-LARGEST, LARGEST)
+    factor = cut(factor)
     exp_avg.mul_(beta1).add_(factor, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(factor, factor, value=1 - beta2)
     now = (eps, step_size, decay) if scalars is None else scalars.unbind()

@@ -45,9 +45,8 @@ class Alone:
 class Replicas(Alone):
     """The processes of torch's default process group; what goes wrong in a collective is a `LostRank`.
 
-    Random numbers of an update follow from the seed, the update and the rank alone (`begin`), or from the seed and the
-    update where every replica has to draw the same (`alike`). So a resumed run draws what the unbroken one would have
-    drawn, and no generator's state has to be kept for each rank.
+    Random numbers of an update follow from the seed, the update and the rank alone (`begin`). So a resumed run draws
+    what the unbroken one would have drawn, and no generator's state has to be kept for each rank.
 
     Args:
         seed: of the run.
@@ -66,14 +65,6 @@ class Replicas(Alone):
         """An update begins: dropout draws from a stream of its own on every rank."""
         self.update, self.sent_bytes = update, 0
         torch.manual_seed(self._mixed(update, self.rank))
-
-    @contextmanager
-    def alike(self, *what: object) -> Iterator[None]:
-        """Inside, the random generators draw the same on every rank: stochastic rounding may not fork replicas."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._mixed(self.update, "alike", *what))
-            yield
 
     def _mixed(self, *what: object) -> int:
         text = " ".join(map(str, (self.seed, *what)))

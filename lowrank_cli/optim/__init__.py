@@ -29,7 +29,11 @@ def base_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
-    """The optimizer for these groups: torch's own fused AdamW where nothing is projected, 16-bit or per layer."""
+    """Return the optimizer for these groups: torch's own fused AdamW where nothing is projected, 16-bit or per layer.
+
+    Whichever class it is, Adam is that of torch.optim.AdamW: eps is added to the corrected root, decoupled decay comes
+    before the update (docs/methods/galore.md, "The optimizers").
+    """
     betas, rounding = (config.beta1, config.beta2), config.stochastic_rounding
     parameters = [p for group in groups for _, p in group["params"]]
     small = any("rank" in group or "num_groups" in group for group in groups)
@@ -43,8 +47,9 @@ def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
         from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
 
         optimizer = GaLoreAdamW8bit(
-            groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, stochastic_rounding=rounding
-        )
+            groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, stochastic_rounding=rounding,
+            convention="torch",
+        )  # fmt: skip
         return _on_kernel(optimizer, config.kernel) if small else optimizer
     # torch's keeps moments in the weight's dtype, ours in float32: both sides of a comparison get the same
     if not small and not config.per_layer and all(p.element_size() >= 4 for p in parameters):
@@ -53,14 +58,13 @@ def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
         return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
     from lowrank_cli.optim.adamw import GaLoreAdamW
 
-    # without a projected tensor this is torch's AdamW per layer or on 16 bits: the same update
     optimizer = GaLoreAdamW(
         groups,
         lr=config.lr,
         betas=betas,
         eps=config.eps,
         stochastic_rounding=rounding,
-        convention="galore-torch" if small else "torch",
+        convention="torch",
     )
     return _on_kernel(optimizer, config.kernel) if small else optimizer
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_cli.ops.precision import wide
-from lowrank_cli.optim.base import LARGEST, ProjectedOptimizer
+from lowrank_cli.ops.precision import cut, wide
+from lowrank_cli.optim.base import ProjectedOptimizer
 
 
 def adafactor_(update: Tensor, state: dict, *, beta2: float, floor: float, clip_threshold: float, lr: float,
@@ -90,6 +90,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
             "warmup_init": warmup_init, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
 
+    in_place = False
+
     def _check_group(self, group: dict) -> None:
         super()._check_group(group)
         if group["moments"] == "rotate":
@@ -109,24 +111,30 @@ class GaLoreAdafactor(ProjectedOptimizer):
         self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
     ) -> None:
         for target, grad, state, p in zip(targets, grads, states, params, strict=True):
-            step, lr = state["step"], group["lr"]
-            if group["relative_step"]:
-                lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
-            if group["scale_parameter"]:
-                lr = lr * rms(p).clamp(min=group["eps"][1])
-            if group["weight_decay"]:
-                p.mul_(1 - group["weight_decay"] * lr)
+            step = state["step"]
             target.sub_(
                 adafactor_(
-                    grad.clamp(-LARGEST, LARGEST),
+                    cut(grad),
                     state,
                     beta2=1 - step ** group["decay_rate"],
                     floor=group["eps"][0],
                     clip_threshold=group["clip_threshold"],
-                    lr=lr,
+                    lr=self._lr(p, state, group),
                     beta1=group["beta1"],
                 )
             )
 
-    def _decay(self, params: list[Tensor], group: dict) -> None:
-        """Nothing: the rule decays with its own learning rate."""
+    def _lr(self, p: Tensor, state: dict, group: dict) -> float | Tensor:
+        """The learning rate of this step and weight."""
+        step, lr = state["step"], group["lr"]
+        # unless somebody has written one: torch takes a step at 0 to make the state that it loads
+        if lr is None:
+            lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+        return lr * rms(p).clamp(min=group["eps"][1]) if group["scale_parameter"] else lr
+
+    def _decays_first(self, group: dict) -> bool:
+        return True
+
+    def _kept(self, p: Tensor, state: dict, group: dict) -> float:
+        """As the base's, with the rule's own learning rate."""
+        return float(1 - group["weight_decay"] * self._lr(p, state, group))

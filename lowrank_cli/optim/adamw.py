@@ -43,6 +43,11 @@ def adamw_(
         eps: added to sqrt(V).
         correct_bias: False leaves out both corrections.
     """
+    tensors = [(t, g, m, v) for t, g, m, v in zip(targets, grads, exp_avgs, exp_avg_sqs, strict=True)]
+    if not all(alike(*four) for four in tensors):
+        for four in tensors:
+            _adamw_one_(*four, step=step, lr=lr, betas=betas, eps=eps, correct_bias=correct_bias)
+        return
     # a step so late that both corrections are 1 in float32
     clock = float(step) if correct_bias else 1e9
     root = math.sqrt(1 - betas[1] ** clock)
@@ -51,6 +56,34 @@ def adamw_(
         targets, grads, exp_avgs, exp_avg_sqs, [], clocks, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=0.0,
         eps=eps / root, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
     )  # fmt: skip
+
+
+def alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether a kernel that walks over memory may take these together: dense, and of the same strides.
+
+    Raises:
+        ValueError: they have not the same shape.
+    """
+    for other in others:
+        if other.shape != first.shape:
+            raise ValueError(
+                f"moments of {tuple(other.shape)} for a gradient of {tuple(first.shape)}: has the group's rank "
+                "changed?"
+            )
+    if any(other.stride() != first.stride() for other in others):
+        return False
+    return first.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(first)
+
+
+def _adamw_one_(
+    target: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int, lr: float,
+    betas: tuple[float, float], eps: float, correct_bias: bool,
+) -> None:  # fmt: skip
+    """`adamw_` of one tensor in any layout."""
+    first, second = (1 - betas[0] ** step, 1 - betas[1] ** step) if correct_bias else (1.0, 1.0)
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    target.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps), value=-lr * math.sqrt(second) / first)
 
 
 def rotate(
@@ -99,8 +132,8 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
         stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
         kernel: what the projected and the factored update run on: "torch", or "cpu" or "cuda" as
             `ops.fused_step.choose` gave it.
-        convention: where eps and decay stand in the update of tensors that are not projected: "galore-torch", or
-            "torch" as in torch.optim.AdamW, with eps added to the corrected root and decay before the update.
+        convention: where eps and decay stand: "galore-torch", or "torch" as in torch.optim.AdamW, with eps added to
+            the corrected root and decay before the update.
     """
 
     def __init__(
@@ -162,14 +195,19 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
         state["exp_avg"].lerp_(factor, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(factor, factor, value=1 - beta2)
         corrections = (1 - beta1**step, 1 - beta2**step) if group["correct_bias"] else (1.0, 1.0)
+        alpha, beta = self._factors(p, group)
+        eps = group["eps"]
+        if group["convention"] == "torch":
+            eps *= math.sqrt(corrections[1])
         factored_adamw_(
             p,
             state["exp_avg"],
             state["exp_avg_sq"],
             vector,
-            step_size=group["lr"] * math.sqrt(corrections[1]) / corrections[0],
-            eps=group["eps"],
-            stochastic_rounding=group["stochastic_rounding"],
+            step_size=alpha * group["lr"] * math.sqrt(corrections[1]) / corrections[0],
+            eps=eps,
+            beta=beta,
+            noise=self._noise(p, group),
         )
 
     def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:

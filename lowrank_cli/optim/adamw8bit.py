@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.errors import MissingError
-from lowrank_cli.ops.precision import wide
-from lowrank_cli.optim.adamw import adamw_, rotate
-from lowrank_cli.optim.base import LARGEST, ProjectedOptimizer
+from lowrank_cli.ops.precision import cut, wide
+from lowrank_cli.optim.adamw import adamw_, alike, rotate
+from lowrank_cli.optim.base import ProjectedOptimizer
 from lowrank_cli.optim.fused import FusedAdam
 
 # bitsandbytes quantizes moments in blocks of this many elements, each with a float32 scale
@@ -35,6 +35,7 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
         min_8bit_size: elements from which on moments are 8-bit.
         stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
         kernel: what the projected update runs on: "torch", or "cpu" or "cuda" as `ops.fused_step.choose` gave it.
+        convention: "galore-torch", decay after the update, or "torch" as in torch.optim.AdamW, decay before it.
 
     Raises:
         MissingError: bitsandbytes is not installed.
@@ -58,6 +59,7 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
         is_paged: bool = False,
         stochastic_rounding: bool = False,
         kernel: str = "torch",
+        convention: str = "galore-torch",
     ):
         if amsgrad or args is not None or percentile_clipping != 100 or not block_wise or is_paged:
             raise ValueError("amsgrad, args, percentile_clipping, block_wise=False and is_paged are not supported")
@@ -71,6 +73,7 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
                 "min_8bit_size": min_8bit_size,
                 "stochastic_rounding": stochastic_rounding,
                 "kernel": kernel,
+                "convention": convention,
             },
         )
 
@@ -96,7 +99,7 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
     ) -> None:
         for target, grad, state in zip(targets, grads, states, strict=True):
             if state["exp_avg"].dtype == torch.uint8:
-                self._rule_8bit(target, grad.clamp(-LARGEST, LARGEST), state, group)
+                self._rule_8bit(target, cut(grad), state, group)
                 continue
             # bitsandbytes adds eps to the corrected root; adamw_ takes it before the correction
             eps = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
@@ -108,10 +111,12 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
             # a process may have no rows of a tensor
             return
         signed, unsigned = self._codes(grad.device)
-        # bitsandbytes has no float64, and codes of 8 bits do not need it
-        narrow = target if target.dtype == torch.float32 else torch.zeros_like(target, dtype=torch.float32)
+        # bitsandbytes walks over memory, in the order of the moments; it has no float64, which codes do not need
+        simple = target.dtype == torch.float32 and alike(target, grad, state["exp_avg"])
+        narrow = target if simple else torch.zeros_like(state["exp_avg"], dtype=torch.float32)
+        grad = grad.float() if simple else torch.empty_like(narrow).copy_(grad)
         self.functional.optimizer_update_8bit_blockwise(
-            "adam", grad.float(), narrow, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0,
+            "adam", grad, narrow, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0,
             group["eps"], state["step"], group["lr"], signed, unsigned, state["exp_avg_scale"],
             state["exp_avg_sq_scale"], 0.0, 1.0,
         )  # fmt: skip

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_cli import console
-from lowrank_cli.ops.precision import wide
+from lowrank_cli.ops.precision import cut, wide
 from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.factored import factored_sign_
-from lowrank_cli.optim.projection import expand_add_, expand_add_rounded_, project, sides, stochastic_round, unfold
+from lowrank_cli.optim.projection import project, sides, unfold
 from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
 from lowrank_cli.optim.weight_norm import Direction, compose_, row_norms
+from lowrank_cli.optim.write import add_, expand_add_
 
 MOMENTS = ("keep", "align", "rotate", "reset")
 WEIGHT_NORMS = ("exact", "detached")
@@ -24,8 +27,9 @@ WEIGHT_NORMS = ("exact", "detached")
 CALM_OVERLAP, CALM_REFRESHES = 0.4, 2
 TELL_EVERY_S = 5.0
 
-# gradients are cut to this, whose square float32 still holds: one that overflowed would freeze its moments for ever
-LARGEST = 1e18
+
+# options of torch's optimizers that no optimizer here has
+UNSUPPORTED = ("maximize", "amsgrad", "capturable", "differentiable", "momentum", "nesterov", "dampening", "centered")
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -65,6 +69,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _index(self) -> None:
         """The tables that follow from the groups; made anew whenever those change."""
+        for group in self.param_groups:
+            foreign = next((key for key in UNSUPPORTED if group.get(key)), None)
+            if foreign is not None:
+                raise ValueError(f"a group says {foreign}={group[foreign]!r}, which {type(self).__name__} has not")
+            if any(hasattr(p, "device_mesh") for p in group["params"]):
+                raise ValueError(
+                    "a parameter is a DTensor, as FSDP2 makes them; projected steps on cut weights are those of "
+                    "`lowrank ... --parallel fsdp`"
+                )
         projected = [group for group in self.param_groups if "rank" in group]
         for group in projected:
             self._check_group(group)
@@ -75,14 +88,24 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         # a tensor may be one process's rows of a larger one
         self.layouts = {p: layout(p) for group in self.param_groups for p in group["params"]}
         self.sides = {p: sides(self.layouts[p].shape, group["proj_type"]) for p, group in self.projected.items()}
-        # (position among the projected tensors, name): for staggering, seeds and messages
-        names = [n for g in projected for n in g.get("param_names", [""] * len(g["params"]))]
-        self.places = {p: (i, names[i] or f"tensor {i}") for i, p in enumerate(self.projected)}
+        named = [
+            pair
+            for g in self.param_groups
+            for pair in zip(g["params"], g.get("param_names", g["params"]), strict=True)
+        ]
+        self.names = {p: n if isinstance(n, str) else f"tensor {i}" for i, (p, n) in enumerate(named)}
+        # position among the projected tensors: for staggering and seeds
+        self.places = {p: i for i, p in enumerate(self.projected)}
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's, with the group's keys checked."""
         super().add_param_group(param_group)
-        self._index()
+        try:
+            self._index()
+        except ValueError:
+            # one that is refused does not stay
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -108,6 +131,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     # ---- what a subclass gives
 
+    # whether the rule may change a weight of 32 bits or more itself
+    in_place = True
+
     def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
         """Makes the rule's state for a gradient; `height` is the rows of the whole one that it is a part of."""
         raise NotImplementedError
@@ -130,10 +156,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """The rule on F, taken to the weight: right for any rule that does not depend on the gradient's scale."""
         update = torch.zeros_like(factor)
         self._rule([update], [factor], [state], group, [p])
-        factored_sign_(p, update, vector, group["stochastic_rounding"])
+        alpha, beta = self._factors(p, group)
+        factored_sign_(p, update, vector, alpha=alpha, beta=beta, noise=self._noise(p, group))
 
     # ---- the step
 
+    # the compiler would trace the loop over tensors and drop what it does to the state
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
         """One update of every parameter that has a gradient; returns the closure's loss, if there is one."""
@@ -141,11 +170,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if "rank" in group or "num_groups" in group:
-                self._step_all(group["params"], group)
-            else:
-                self._step_plain([p for p in group["params"] if p.grad is not None], group)
+        for p in self.projected:
+            # before anything moves; a refresh would stop at it half-way through the model
+            if p.grad is not None and self.is_due(p) and not bool(p.grad.isfinite().all()):
+                raise FloatingPointError(f"the gradient of {self.names[p]} is not finite")
+        with without_autocast():
+            for group in self.param_groups:
+                if "rank" in group or "num_groups" in group:
+                    self._step_all(group["params"], group)
+                else:
+                    self._step_plain([p for p in group["params"] if p.grad is not None], group)
         return loss
 
     def _step_all(self, params: list[Tensor], group: dict) -> None:
@@ -155,14 +189,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step_one(self, p: Tensor, group: dict) -> None:
         """One update of one parameter, if it has a gradient."""
-        if p in self.projected:
-            if p.grad is not None or p in self.low_rank_grads:
-                self._step_projected(p, group)
-        elif p in self.factored:
-            if p in self.low_rank_grads:
-                self._step_factored(p, group)
-        elif p.grad is not None:
-            self._step_plain([p], group)
+        with without_autocast():
+            if p in self.projected:
+                if p.grad is not None or p in self.low_rank_grads:
+                    self._step_projected(p, group)
+            elif p in self.factored:
+                if p in self.low_rank_grads:
+                    self._step_factored(p, group)
+            elif p.grad is not None:
+                self._step_plain([p], group)
 
     def is_due(self, p: Tensor) -> bool:
         """Whether the next update of a projected parameter refreshes its basis, which takes the full gradient."""
@@ -236,7 +271,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if p.grad is not None:
             # the whole gradient, or the part of it that did not come through a projected linear
             self.collect(p, bases)
-        grad = self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
+        grad = cut(self.low_rank_grads.pop(p))
         if "step" not in state:
             state["step"] = 0
             self._init_state(state, grad, group, self.layouts[p].height(grad, bases))
@@ -248,11 +283,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if p in self.normalised:
             self._step_normalised(p, update, bases, group)
             return
-        if group["stochastic_rounding"] and p.dtype == torch.bfloat16 and p.dim() == 2:
-            expand_add_rounded_(p, update, bases, alpha=group["scale"])
-        else:
-            expand_add_(p, update, bases, alpha=group["scale"])
-        self._decay([p], group)
+        alpha, beta = self._factors(p, group)
+        expand_add_(p, update, bases, alpha=group["scale"] * alpha, beta=beta, noise=self._noise(p, group))
 
     def _direction(self, p: Tensor) -> Direction:
         """Magnitude and direction of a weight as it stands between two steps; the first call gives it both."""
@@ -267,7 +299,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _step_normalised(self, p: Tensor, update: Tensor, bases: dict[str, Tensor], group: dict) -> None:
         """The magnitude by the plain rule, then the weight from it and from the direction's update."""
-        state, grad = self.state[p], self.magnitude_grads.pop(p).clamp_(-LARGEST, LARGEST)
+        state, grad = self.state[p], cut(self.magnitude_grads.pop(p))
         magnitude, direction = state["magnitude"], self._direction(p)
         own = {key.removeprefix("magnitude_"): value for key, value in state.items() if key.startswith("magnitude_")}
         if not own:
@@ -275,8 +307,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._init_state(own, grad, group, self.layouts[p].height(grad, {}))
         own["step"] += 1
         scaled = group | {"lr": group["lr"] * group.get("magnitude_scale", 1.0)}
-        self._rule([magnitude], [grad], [own], scaled, [magnitude])
-        self._decay([magnitude], group)
+        change = torch.zeros_like(magnitude)
+        self._rule([change], [grad], [own], scaled, [magnitude])
+        alpha, beta = self._factors(magnitude, group, own)
+        add_(magnitude, change, alpha=alpha, beta=beta, noise=None)
         state.update({f"magnitude_{key}": value for key, value in own.items()})
         compose_(
             p,
@@ -286,18 +320,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             bases,
             alpha=group["scale"],
             direction=direction,
-            stochastic_rounding=group["stochastic_rounding"],
+            noise=self._noise(p, group),
         )
         del self._directions[p]
 
     def _step_factored(self, p: Tensor, group: dict) -> None:
-        state, factor = self.state[p], self.low_rank_grads.pop(p).clamp_(-LARGEST, LARGEST)
+        state, factor = self.state[p], cut(self.low_rank_grads.pop(p))
         if not state:
             state["step"] = 0
             self._init_state(state, factor, group, self.layouts[p].height(factor, {}))
         state["step"] += 1
         self._factored_rule(p, factor, state, group, self.vectors[p]())
-        self._decay([p], group)
 
     def _refresh(self, p: Tensor, state: dict, group: dict) -> None:
         """New bases from the full gradient, and when the next ones are due."""
@@ -331,7 +364,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             FloatingPointError: the gradient is not finite.
         """
         state, group = self.state[p], self.projected[p]
-        place, name = self.places[p]
+        place, name = self.places[p], self.names[p]
         self._tell(group["refresh"])
         if grad is None and p.grad is None:
             raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
@@ -365,8 +398,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if p in self.normalised:
             # whoever found the bases has asked for it already; another process has not
             self._direction(p)
-        gap, place = state.get("gap", group["update_proj_gap"]), self.places[p][0]
+        gap, place = state.get("gap", group["update_proj_gap"]), self.places[p]
         state["refreshes"] = state.get("refreshes", 0) + 1
+        if group["lazy_refresh"]:
+            # from the first step on: what appears later is lost by those who save by the keys of a fresh state
+            state.setdefault("calm", 0)
+            state.setdefault("gap", gap)
         again, change = any(f"basis_{side}" in state for side in bases), {}
         if again and group["moments"] == "rotate":
             # old^T new, (r, r)
@@ -382,7 +419,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             state["until_refresh"] = 1
             return
         if group["lazy_refresh"] and again:
-            state["calm"] = state.get("calm", 0) + 1 if calm else 0
+            state["calm"] = state["calm"] + 1 if calm else 0
             if state["calm"] >= CALM_REFRESHES:
                 gap, state["calm"] = 2 * gap, 0
             state["gap"] = gap
@@ -401,9 +438,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._told = now
 
     def _step_plain(self, params: list[Tensor], group: dict) -> None:
-        decays_first = group.get("convention") == "torch"
-        if decays_first:
-            self._decay(params, group)
         together: dict[tuple, list[Tensor]] = {}
         for p in params:
             state = self.state[p]
@@ -411,38 +445,127 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 state["step"] = 0
                 self._init_state(state, p.grad, group, self.layouts[p].height(p.grad, {}))
             state["step"] += 1
-            if p.dtype == wide(p.dtype):
+            if self.in_place and p.dtype == wide(p.dtype):
                 together.setdefault((state["step"], p.device, p.dtype), []).append(p)
             else:
-                self._step_rounded(p, state, group)
+                self._step_apart(p, state, group)
         for same in together.values():
+            self._decay(same, group, before=True)
             # the kernel walks over memory, so a gradient has to be laid out as its weight is
             grads = [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in same]
             self._rule(same, grads, [self.state[p] for p in same], group, same)
-        if not decays_first:
-            self._decay(params, group)
+            self._decay(same, group, before=False)
 
-    def _step_rounded(self, p: Tensor, state: dict, group: dict) -> None:
-        """The rule in float32 for a 16-bit weight, which is rounded once."""
-        update = torch.zeros_like(p, dtype=torch.float32)
-        self._rule([update], [p.grad.float()], [state], group, [p])
-        if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
-            p.copy_(stochastic_round(update.add_(p)))
-        else:
-            p.add_(update)
+    def _step_apart(self, p: Tensor, state: dict, group: dict) -> None:
+        """The rule beside the weight, which is written once."""
+        update = torch.zeros_like(p, dtype=wide(p.dtype))
+        self._rule([update], [p.grad.to(update.dtype)], [state], group, [p])
+        alpha, beta = self._factors(p, group)
+        add_(p, update, alpha=alpha, beta=beta, noise=self._noise(p, group))
 
-    def _decay(self, params: list[Tensor], group: dict) -> None:
-        # decoupled, after the update and without `scale`, as in galore-torch
-        if group["weight_decay"] and params:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    def _decays_first(self, group: dict) -> bool:
+        """Whether weight decay acts on the weight before the update, as in torch.optim, or on what the update made of
+        it, as in galore-torch."""
+        return group.get("convention") == "torch"
+
+    def _kept(self, p: Tensor, state: dict, group: dict) -> float:
+        """What decoupled weight decay leaves of a weight; GaLore's `scale` has no part in it."""
+        return 1 - group["lr"] * group["weight_decay"]
+
+    def _factors(self, p: Tensor, group: dict, state: dict | None = None) -> tuple[float, float]:
+        """(alpha, beta) of W <- alpha U + beta W, for the update U of a weight that is written once."""
+        kept = self._kept(p, self.state[p] if state is None else state, group) if group["weight_decay"] else 1.0
+        return (1.0, kept) if self._decays_first(group) else (kept, kept)
+
+    def _decay(self, params: list[Tensor], group: dict, *, before: bool) -> None:
+        """Weight decay of weights that the rule changes in place, before it or after it."""
+        if group["weight_decay"] and before == self._decays_first(group):
+            torch._foreach_mul_(params, [self._kept(p, self.state[p], group) for p in params])
+
+    def _noise(self, p: Tensor, group: dict) -> torch.Generator | None:
+        """What rounds a bfloat16 weight at random; None where it is rounded to the nearest.
+
+        It follows from the tensor and the step, so that replicas draw alike, a resumed run draws what the unbroken one
+        would have drawn, and nobody else's random numbers move.
+        """
+        if not (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
+            return None
+        state, layout = self.state[p], self.layouts[p]
+        rank = layout.replicas.rank if layout.is_cut else 0
+        text = f"{self.names[p]} {rank} {state.get('refreshes', 0)} {state['step']}"
+        return torch.Generator(p.device).manual_seed(zlib.crc32(text.encode()))
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, and float32 moments
-        of a bfloat16 weight would come back rounded."""
-        super().load_state_dict(state_dict)
-        indices = (i for group in state_dict["param_groups"] for i in group["params"])
-        for index, p in zip(indices, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
+        of a bfloat16 weight would come back rounded.
+
+        Raises:
+            ValueError: the state is of another optimizer, or of weights of another size; nothing has changed then.
+        """
+        found: list[dict] = []
+
+        def look(_, loaded: dict) -> None:
+            # after everybody else's hooks: what they return is what is loaded
+            self._check_loaded(loaded)
+            found.append(loaded)
+
+        before = [dict(group) for group in self.param_groups]
+        handle = self.register_load_state_dict_pre_hook(look)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, own in zip(self.param_groups, before, strict=True):
+            # groups of torch's own AdamW have fewer keys
+            for key, value in own.items():
+                group.setdefault(key, value)
+        for p, state, _ in self._loaded(found[0]):
+            for key, value in state.items():
                 if isinstance(value, Tensor):
-                    self.state[p][key] = value.detach().to(p.device, copy=True)
+                    own = self.state[p]
+                    # torch's own optimizers count steps in a tensor
+                    own[key] = int(value) if key == "step" else value.detach().to(p.device, copy=True)
         self._index()
+
+    def _loaded(self, state_dict: dict) -> Iterator[tuple[Tensor, dict[str, Any], dict]]:
+        """Every parameter with the state and the group that a state dict has for it."""
+        params = (p for group in self.param_groups for p in group["params"])
+        numbered = ((i, group) for group in state_dict["param_groups"] for i in group["params"])
+        for p, (i, group) in zip(params, numbered, strict=False):
+            yield p, state_dict["state"].get(i, {}), group
+
+    def _check_loaded(self, state_dict: dict) -> None:
+        for p, state, group in self._loaded(state_dict):
+            if "step" not in state or self.layouts[p].is_cut or "num_groups" in group:
+                continue
+            shape = p.shape
+            if "rank" in group:
+                bases = {side: state.get(f"basis_{side}") for side in sides(p.shape, group["proj_type"])}
+                for side, basis in bases.items():
+                    height = unfold(p, side)[0].shape[1 if side == "right" else 0]
+                    if basis is None or basis.dim() != 2 or basis.shape[0] != height:
+                        there = "no basis" if basis is None else f"a basis {tuple(basis.shape)}"
+                        raise ValueError(
+                            f"the state of {self.names[p]} has {there}, and the weight is {tuple(p.shape)}"
+                        )
+                shape = project(torch.empty(p.shape, device="meta"), {k: b.to("meta") for k, b in bases.items()}).shape
+            fresh: dict[str, Any] = {}
+            self._init_state(fresh, torch.empty(shape, dtype=p.dtype, device="meta"), self.defaults | group)
+            for key, own in fresh.items():
+                there = state.get(key)
+                if not isinstance(there, Tensor) or there.shape != own.shape or there.dtype != own.dtype:
+                    what = f"{there.dtype} {tuple(there.shape)}" if isinstance(there, Tensor) else "nothing"
+                    raise ValueError(
+                        f"the state of {self.names[p]} has {what} as {key}, and {type(self).__name__} keeps "
+                        f"{own.dtype} {tuple(own.shape)} for it"
+                    )
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, products have the precision of their factors, as in a step of torch's own optimizers."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -82,9 +82,12 @@ class FusedAdam:
         if self.is_due(p):
             self._refresh(p, self.state[p], group)
         state = self.state[p]
+        rank, left = next(iter(self.bases(p).values())).shape[1], "left" in self.sides[p]
+        shape = (rank, p.shape[1]) if left else (p.shape[0], rank)
+        if "step" in state and state["exp_avg"].shape != shape:
+            raise ValueError(f"moments of {tuple(state['exp_avg'].shape)} for a gradient of {shape}: has the group's "
+                             "rank changed?")  # fmt: skip
         if "step" not in state:
-            rank, left = next(iter(self.bases(p).values())).shape[1], "left" in self.sides[p]
-            shape = (rank, p.shape[1]) if left else (p.shape[0], rank)
             state["step"] = 0
             self._init_state(state, torch.empty(shape, device=p.device), group)
         state["step"] += 1
@@ -101,8 +104,9 @@ class FusedAdam:
             betas=group["betas"],
             eps=group["eps"],
             correct_bias=group.get("correct_bias", True),
-            eps_after_correction=self.eps_after_correction,
+            eps_after_correction=self.eps_after_correction or self._decays_first(group),
         )
+        alpha, beta = self._factors(params[0], group)
         bases = [s[f"basis_{side}"] for s in states]
         torch.ops.lowrank.galore_step_(
             params,
@@ -118,12 +122,13 @@ class FusedAdam:
             fused_step.prefers_library(params[0].device, bases[0].shape[1]),
             *group["betas"],
             eps,
-            step_size * group["scale"],
-            1 - group["lr"] * group["weight_decay"],
+            # the kernel's decay acts on what the update made of the weight
+            step_size * group["scale"] * alpha / beta,
+            beta,
         )
 
     def _step_along(self, p: Tensor, factor: Tensor, state: dict, group: dict, vector: Tensor) -> bool:
-        """The step of a weight with a factored gradient, without decay; False if it is not the kernel's."""
+        """The step of a weight with a factored gradient; False if it is not the kernel's."""
         takes = p.is_contiguous() and p.dtype in fused_step.DTYPES and p.device.type == group["kernel"]
         rounded = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if rounded or not (takes and self._kernel_at_hand(group)):
@@ -134,10 +139,12 @@ class FusedAdam:
             betas=group["betas"],
             eps=group["eps"],
             correct_bias=group["correct_bias"],
+            eps_after_correction=self._decays_first(group),
         )
+        alpha, beta = self._factors(p, group)
         torch.ops.lowrank.velora_step_(
             p, factor.contiguous(), vector.float().contiguous(), state["exp_avg"], state["exp_avg_sq"],
-            *group["betas"], eps, step_size, 1.0,
+            *group["betas"], eps, step_size * alpha / beta, beta,
         )  # fmt: skip
         return True
 
@@ -146,8 +153,9 @@ class FusedAdam:
         mine = [group["kernel"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, kernel, saved in zip(self.param_groups, mine, state_dict["param_groups"], strict=True):
-            recorded, device = saved.get("kernel", "torch"), group["params"][0].device
-            goes_on = self.kernel_is_auto and fused_step.follow(recorded, device)
+            recorded = saved.get("kernel", "torch")
+            # a group may be empty: a model without biases
+            goes_on = self.kernel_is_auto and all(fused_step.follow(recorded, p.device) for p in group["params"][:1])
             group["kernel"] = recorded if goes_on else kernel
         if now := {g["kernel"] for g in self.param_groups} - {g.get("kernel", "torch") for g in
                                                               state_dict["param_groups"]}:  # fmt: skip

@@ -78,56 +78,6 @@ def expand(update: Tensor, bases: dict[str, Tensor]) -> Tensor:
     return update
 
 
-def expand_add_(weight: Tensor, update: Tensor, bases: dict[str, Tensor], alpha: float = 1.0) -> Tensor:
-    """Adds `alpha` times the expanded update straight into a matrix: no (m, n) temporary.
-
-    Args:
-        weight: (m, n), changed in place; only a tensor of more dimensions needs a temporary of its size.
-        update: as `project` returns; cast to the weight's dtype for the product, which accumulates in float32 and
-            rounds once.
-        bases: as for `project`.
-        alpha: factor of the update.
-    Returns:
-        The weight.
-    """
-    update = update.to(weight.dtype)
-    if weight.dim() > 2:
-        return weight.add_(expand(update, bases), alpha=alpha)
-    if "left" not in bases:
-        return weight.addmm_(update, bases["right"].mT, alpha=alpha)
-    if "right" in bases:
-        update = update @ bases["right"].mT
-    return weight.addmm_(bases["left"], update, alpha=alpha)
-
-
-def expand_add_rounded_(
-    weight: Tensor, update: Tensor, bases: dict[str, Tensor], alpha: float, rows: int = 256
-) -> None:
-    """`expand_add_` into a bfloat16 matrix with stochastic rounding, a block of rows at a time in float32.
-
-    The expectation of the rounded weight is the exact one, so that updates smaller than half a spacing are not lost.
-    """
-    left, right = bases.get("left"), bases.get("right")
-    if right is not None:
-        update = update if left is None else update @ right.float().mT
-    for start in range(0, weight.shape[0], rows):
-        block = weight[start : start + rows]
-        if left is None:
-            exact = torch.addmm(block.float(), update[start : start + rows], right.float().mT, alpha=alpha)
-        else:
-            exact = torch.addmm(block.float(), left[start : start + rows].float(), update, alpha=alpha)
-        block.copy_(stochastic_round(exact))
-
-
-def stochastic_round(exact: Tensor) -> Tensor:
-    """A float32 tensor in bfloat16, rounded up or down with the probabilities that keep its mean.
-
-    bfloat16 is the upper half of float32's bits: a random number below the lower half's range is added, then cut off.
-    """
-    noise = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device)
-    return (exact.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
-
-
 def _mode_product(tensor: Tensor, matrix: Tensor, side: str) -> Tensor:
     """The tensor with one of its modes multiplied by a matrix (rows, size)."""
     mode = int(side.removeprefix("mode"))

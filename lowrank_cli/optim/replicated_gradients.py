@@ -10,8 +10,6 @@ the basis and the projected gradient: every replica has the same bits, whatever 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +57,6 @@ class ReplicatedGradients(Gradients):
         # those that every process holds whole
         self._summed = [p for p in self.groups if not layout(p).is_cut]
         self._patched_weights = {self._held(module.weight) for module in self._patched}
-        self._rounds = any(group.get("stochastic_rounding") for group in optimizer.param_groups)
         # backward goes roughly from the model's last tensor to its first; the first update shows how exactly
         self._turns = [p for p in reversed(list(model.parameters())) if p in self.groups]
         self._turns_are_known = False
@@ -101,22 +98,11 @@ class ReplicatedGradients(Gradients):
         settled = set(due)
         self.replicas.sum_([part for p in present if p not in settled for part in self._parts(p)])
 
-    def step(self) -> None:
-        with self._drawing(-1):
-            super().step()
-
     def _complete(self, p: Tensor) -> None:
         if self.last and not self.clipping:
             self._arrivals.append(p)
             self._present.add(p)
             self._proceed()
-
-    def _take(self, p: Tensor) -> None:
-        with self._drawing(self._names[p]):
-            super()._take(p)
-
-    def _drawing(self, place: int) -> AbstractContextManager:
-        return self.replicas.alike(place) if self._rounds else nullcontext()
 
     # ---- per layer: one tensor after the other, in the same order everywhere
 
@@ -236,7 +222,7 @@ class ReplicatedGradients(Gradients):
 
     def _check(self, p: Tensor, ended: float) -> None:
         """Every rank says, or raises, what the one that refreshed a basis met."""
-        name = self.optimizer.places[p][1]
+        name = self.optimizer.names[p]
         if ended == NOT_FINITE:
             raise FloatingPointError(f"the gradient of {name} is not finite at a refresh")
         if ended == KEPT:

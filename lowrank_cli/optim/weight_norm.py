@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.ops.precision import wide
-from lowrank_cli.optim.projection import project, stochastic_round
+from lowrank_cli.optim.projection import project
+from lowrank_cli.optim.write import put_
 
 # what is worked on at a time: rows that stay in a CPU's cache, or elements where launches cost more than memory
 ROWS, ELEMENTS = 256, 1 << 24
@@ -126,7 +127,7 @@ class Direction:
 
 def compose_(
     weight: Tensor, magnitude: Tensor, norm: Tensor, update: Tensor, bases: dict[str, Tensor], *, alpha: float,
-    direction: Direction, stochastic_rounding: bool = False,
+    direction: Direction, noise: torch.Generator | None = None,
 ) -> None:  # fmt: skip
     """The step of the direction, and the weight from it: V <- V + alpha P N Q^T, c <- ||V||, W <- g V / c.
 
@@ -140,7 +141,7 @@ def compose_(
         bases: of the projection.
         alpha: factor of the update.
         direction: of the weight before the step.
-        stochastic_rounding: of a bfloat16 weight.
+        noise: as for `write.put_`.
     """
     precision = wide(weight.dtype)
     update = update.to(precision)
@@ -164,8 +165,7 @@ def compose_(
         exact.mul_(torch.where(size > 0, magnitude[rows] / size.where(size > 0, 1.0), 1.0).unsqueeze(1))
         norm[rows] = size
         if exact.dtype != weight.dtype:
-            rounded = stochastic_rounding and weight.dtype == torch.bfloat16
-            weight[rows] = stochastic_round(exact) if rounded else exact.to(weight.dtype)
+            put_(weight[rows], exact, noise)
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lowrank_cli.optim.projection import PROJ_TYPES, expand_add_, project, sides
+from lowrank_cli.optim.projection import PROJ_TYPES, project, sides
 from lowrank_cli.optim.refresh import find_basis as svd_basis
+from lowrank_cli.optim.write import expand_add_
 
 pytestmark = pytest.mark.numerical
 
