@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from difflib import get_close_matches
@@ -11,7 +10,8 @@ from importlib import import_module
 import typer
 
 from lowrank_cli import __version__, console, methods, settings
-from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE, LowrankError
+from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE
+from lowrank_cli.misfortune import explained
 from lowrank_cli.options import listing, peek_methods
 
 COMMANDS = tuple(settings.COMMANDS)
@@ -46,7 +46,7 @@ def build(argv: list[str]) -> typer.Typer:
 def print_version(wanted: bool) -> None:
     """--version."""
     if wanted:
-        print(f"lowrank {__version__}")
+        console.output(f"lowrank {__version__}")
         raise typer.Exit
 
 
@@ -59,21 +59,28 @@ def run(argv: list[str] | None = None) -> None:
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
     debug = "--debug" in argv
+    with console.streams() as stdout:
+        code = run_command(argv, debug)
+        stdout.flush()
+    # of `lowrank --help | head` nobody wants to hear
+    if stdout.error and not {"-h", "--help"} & set(argv or ["--help"]):
+        console.error(f"the result could not be printed: {stdout.error}", "its files are written all the same")
+    return code or (FAILED if stdout.error else 0)
+
+
+def run_command(argv: list[str], debug: bool) -> int:
+    """Run the command line; errors become messages and exit codes."""
     try:
         command = typer.main.get_command(build(argv))
         result = command.main(args=argv or ["--help"], prog_name="lowrank", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except LowrankError as error:
-        report(error.message, error.hint, debug)
-        return error.exit_code
     except KeyboardInterrupt:
         report("interrupted", "", debug)
         return INTERRUPTED
-    except BrokenPipeError:
-        # the reader of stdout went away: not our error, and nothing more can be said there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except Exception as error:  # noqa: BLE001 the boundary: whatever it is, the user gets a line and an exit code
+        if known := explained(error):
+            report(known.message, known.hint, debug)
+            return known.exit_code
         if hasattr(error, "format_message"):
             report(*usage_message(error, argv), debug)
             return USAGE
@@ -89,7 +96,7 @@ def report(message: str, hint: str, debug: bool) -> None:
     """Print an error; with --debug its traceback too."""
     console.error(message, hint)
     if debug:
-        console.stderr.print(traceback.format_exc(), markup=False)
+        console.stderr.print(console.visible(traceback.format_exc()))
 
 
 def usage_message(error, argv: list[str]) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from lowrank_cli import methods
 from lowrank_cli.config import offered, preset_names, preset_summary, read_yaml
-from lowrank_cli.errors import LowrankError
+from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.fields import base_type, coerce, key_of
 from lowrank_cli.run import RUNS
 from lowrank_cli.settings import COMMANDS
@@ -23,7 +23,19 @@ SWITCHES = "What a preset or a file switches on, --no-NAME switches off, such as
 
 
 class Command(TyperCommand):
-    """A command whose help has no column for the --no- forms: at 80 characters it would cut every long name."""
+    """A command that takes an option with a value once.
+
+    Its help has no column for the --no- forms: at 80 characters it would cut every long name.
+    """
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        refuse_repeated(args, self.single())
+        return super().parse_args(ctx, args)
+
+    def single(self) -> set[str]:
+        """Return the names of the options that take one value."""
+        options = [p for p in self.params if p.param_type_name == "option"]
+        return {name for p in options if not (p.is_flag or p.multiple) for name in p.opts}
 
     def format_help(self, ctx, formatter) -> None:
         negatives = [(p, p.secondary_opts) for p in self.params]
@@ -34,6 +46,27 @@ class Command(TyperCommand):
         finally:
             for p, names in negatives:
                 p.secondary_opts = names
+
+
+def refuse_repeated(args: Sequence[str], names: Collection[str]) -> None:
+    """Raise UsageError for an option that stands twice with different values: which one counts nobody sees.
+
+    Args:
+        args: the arguments of a command.
+        names: the options that take one value.
+    """
+    found: dict[str, str] = {}
+    rest = iter(args)
+    for argument in rest:
+        if argument == "--":
+            return
+        name, equals, value = argument.partition("=")
+        if name not in names:
+            continue
+        if not equals and (value := next(rest, None)) is None:
+            return
+        if found.setdefault(name, value) != value:
+            raise UsageError(f"{name} is given twice: {found[name]} and {value}", "keep one of them")
 
 
 def peek(argv: Sequence[str], name: str) -> str | None:

@@ -16,10 +16,7 @@ LINE_EVERY = 30.0
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """Yields a function to call after each of `total` steps."""
     if console.is_live():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console.stderr, transient=True) as bar:
+        with console.bar() as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
         return

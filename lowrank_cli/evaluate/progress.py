@@ -25,10 +25,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if console.is_live():
-            from rich import progress as rich
-
-            columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
-            self._bar = rich.Progress(*columns, console=console.stderr, transient=True)
+            self._bar = console.bar()
             self._bar.start()
         return self
 
@@ -43,7 +40,7 @@ class Progress:
         if self._bar is not None:
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
-            self._bar.add_task(f"{self.name}: {what}", total=total)
+            self._bar.add_task(console.visible(f"{self.name}: {what}"), total=total)
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
