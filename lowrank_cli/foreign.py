@@ -14,13 +14,14 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lowrank_cli.errors import LowrankError, MissingError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEXT_LIMIT = 1 << 30  # bytes of a JSON file that is read whole; the largest tokenizers have a tenth of it
 SETTINGS_LIMIT = 1 << 20  # bytes of a YAML file
@@ -226,6 +227,8 @@ def read_pickle(path: Path, hint: str) -> Any:
     Raises:
         UsageError: it is no such file, or holds other objects.
     """
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
