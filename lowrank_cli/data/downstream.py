@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_cli.data.instructions import Record, Turn
+from lowrank_cli.data.conversations import Record, Turn
 from lowrank_cli.data.records import read_examples
 from lowrank_cli.data.tasks import Task, from_hub, missing_data, task_folder
 from lowrank_cli.errors import UsageError

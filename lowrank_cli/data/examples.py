@@ -47,25 +47,35 @@ class Row:
 
 @dataclass
 class Cut:
-    """What truncation did: how many rows were too long, which was the first, what would have held them all."""
+    """What truncation did.
 
-    rows: int = 0
-    responses: int = 0
-    first: str = ""
-    longest: int = 0
+    Attributes:
+        found: of each row that was too long its number, its place, its length, and whether its response was cut.
+    """
 
-    def add(self, where: str, length: int, *, response: bool = False) -> None:
-        """Count a row."""
-        self.first = self.first or where
-        self.rows, self.responses = self.rows + 1, self.responses + response
-        self.longest = max(self.longest, length)
+    found: list[tuple[int, str, int, bool]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were cut."""
+        return len(self.found)
+
+    @property
+    def responses(self) -> int:
+        """Rows of which a part of the response was cut."""
+        return sum(response for *_, response in self.found)
+
+    @property
+    def longest(self) -> int:
+        """The tokens that would have held them all."""
+        return max((length for _, _, length, _ in self.found), default=0)
 
     def line(self, what: str, total: int, max_length: int) -> str:
         """One line for the user; "" if nothing was cut."""
         if not self.rows:
             return ""
         inside = f", {self.responses:,} of them in the response" if self.responses else ""
-        first = f", the first is {self.first}" if self.first else ""
+        first = f", the first is {self.found[0][1]}" if self.found[0][1] else ""
         return (
             f"{self.rows:,} of {total:,} {what} are longer than {max_length:,} tokens and were cut{inside}{first}; "
             f"--max-length {self.longest} holds all"
@@ -78,6 +88,10 @@ class Encoded:
 
     rows: list[Row] = field(default_factory=list)
     cut: Cut = field(default_factory=Cut)
+
+    def keep(self, count: int) -> None:
+        """Drop all rows but the first ones, and what is known of the others."""
+        self.rows, self.cut.found = self.rows[:count], [found for found in self.cut.found if found[0] < count]
 
 
 def encode_texts(
@@ -110,10 +124,8 @@ def encode_texts(
             for part in text.parts:
                 pieces += _pieces(part, encoded, backend)
                 if text.eos:
-                    pieces.append(([eos], True))
-            result.rows.append(
-                _row(pieces, bos if text.bos else [], max_length, train_on_inputs, result.cut, text.where)
-            )
+                    pieces.append(([eos], part[-1].target))
+            result.rows.append(_row(pieces, bos if text.bos else [], max_length, train_on_inputs, result, text.where))
     return result
 
 
@@ -133,7 +145,7 @@ def encode_labelled(
     encoded: list[Any] = [e for batch in chunks(inputs, _BATCH) for e in backend.encode_batch(batch)]
     long = [i for i, e in enumerate(encoded) if len(e.ids) > max_length]
     for i in long:
-        result.cut.add("", len(encoded[i].ids))
+        result.cut.found.append((i, "", len(encoded[i].ids), False))
     backend.enable_truncation(max_length, strategy="longest_first")
     for i, e in zip(long, backend.encode_batch([inputs[i] for i in long]), strict=True):
         encoded[i] = e
@@ -170,7 +182,12 @@ def _pieces(
 
 
 def _row(
-    pieces: list[tuple[list[int], bool]], bos: list[int], max_length: int, train_on_inputs: bool, cut: Cut, where: str
+    pieces: list[tuple[list[int], bool]],
+    bos: list[int],
+    max_length: int,
+    train_on_inputs: bool,
+    result: Encoded,
+    where: str,
 ) -> Row:
     ids = np.array([i for new, _ in pieces for i in new], dtype=np.int32)
     target = np.array([target for new, target in pieces for _ in new], dtype=bool)
@@ -180,7 +197,7 @@ def _row(
         start = len(ids) - int(np.argmin(target[::-1])) if not target.all() else 0
         kept = min(start, max(room - (len(ids) - start), min(start, max_length // PROMPT_SHARE)))
         begin, end = start - kept, start - kept + room
-        cut.add(where, len(ids) + len(bos), response=end < len(ids))
+        result.cut.found.append((len(result.rows), where, len(ids) + len(bos), end < len(ids)))
         ids, target = ids[begin:end], target[begin:end]
     labels = np.where(target | train_on_inputs, ids, NO_TARGET).astype(np.int32)
     head = np.array(bos, dtype=np.int32)

@@ -4,60 +4,24 @@ The form of a data set is told from the keys of its first record. Whatever it wa
 of an instruction, perhaps an input, and a response.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lowrank_cli import console
 from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import docstrings
+from lowrank_cli.data.conversations import Record, Turn, read_conversation, text_in, with_context
 from lowrank_cli.data.documents import is_hub_id, open_source
 from lowrank_cli.data.records import kind_of, read_records
 from lowrank_cli.errors import MissingError, UsageError
 
 FORMS = "--dataset takes docstrings, a .json .jsonl .csv or .parquet file, a folder of them, or a hub id"
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A request and its answer; the input is what the instruction is about, "" if there is none."""
-
-    instruction: str
-    input: str
-    response: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """A conversation of one or more turns.
-
-    Attributes:
-        where: its place for messages, such as "a.jsonl, line 3".
-        turns: at least one.
-        system: what a conversation says of the assistant before its first turn.
-        choices: the answers that the question allows, where they are a closed set; the response is one of them.
-    """
-
-    where: str
-    turns: tuple[Turn, ...]
-    system: str = ""
-    choices: tuple[str, ...] = ()
-
-    @property
-    def prompt(self) -> str:
-        """What is asked, without any answer: equal for records that must not part into train and validation."""
-        return "\n".join(chain([self.system], *((turn.instruction, turn.input) for turn in self.turns)))
 
 
 @dataclass(frozen=True)
@@ -91,14 +55,14 @@ def load(
 
     Args:
         config: dataset, dataset_config and validation_dataset are used.
-        task: validation_share and skip_empty are used.
+        task: validation_share and skip_bad are used.
         offline: never touch the network.
         status: told one line for each form that was found and for records that were left out.
     Raises:
         UsageError: a record cannot be read as given; it is named by file and number.
         MissingError: the data set is not there, or not without a network.
     """
-    reader = _Reader(task.skip_empty, status)
+    reader = _Reader(task.skip_bad, status)
     train, validation = _parts(config.dataset, config, offline)
     about: dict[str, Any] = {"dataset": config.dataset, "dataset_config": config.dataset_config}
     records = reader.read(train, config.dataset)
@@ -121,26 +85,33 @@ def hold_out(records: list[Record], share: float, name: str) -> tuple[list[Recor
 
     Args:
         records: in any order; each part keeps it.
-        share: of the records that are held out; at least one is.
+        share: of the records that are held out, as nearly as prompts with several records allow; at least one is.
         name: of the data set, for messages.
     Raises:
         UsageError: all records ask the same, so nothing can be held out.
     """
     digests = [sha256(record.prompt.encode()).digest() for record in records]
-    wanted, chosen, count = max(1, round(share * len(records))), set(), 0
-    sizes: dict[bytes, int] = {}
-    for digest in digests:
-        sizes[digest] = sizes.get(digest, 0) + 1
-    # the last one is never held out, so that something is left to train on
-    for digest in sorted(sizes)[:-1]:
-        if count >= wanted:
-            break
-        chosen.add(digest)
-        count += sizes[digest]
-    if not chosen:
+    sizes = Counter(digests)
+    if len(sizes) < 2:
         raise UsageError(
             f"{name} has one prompt only, so nothing can be held out to validate on",
             "give validation records with --validation-dataset",
+        )
+    # something is left to train on
+    wanted, chosen, count = min(max(1, round(share * len(records))), len(records) - 1), set(), 0
+    for digest in sorted(sizes):
+        if count + sizes[digest] <= wanted:
+            chosen.add(digest)
+            count += sizes[digest]
+    # one more prompt, where its records miss the share by less than none of them do
+    rest = sorted((size, digest) for digest, size in sizes.items() if digest not in chosen)
+    if len(rest) > 1 and (not chosen or rest[0][0] < 2 * (wanted - count)):
+        count += rest[0][0]
+        chosen.add(rest[0][1])
+    if not wanted / 2 <= count <= 2 * wanted:
+        console.warn(
+            f"{name}: {count:,} of {len(records):,} records validate instead of {wanted:,}, because records with the "
+            f"same prompt stay together and one prompt has {max(sizes.values()):,}"
         )
     parts: tuple[list[Record], list[Record]] = ([], [])
     for record, digest in zip(records, digests, strict=True):
@@ -159,49 +130,82 @@ def form_of(record: Any, where: str) -> Form:
     raise UsageError(f"{where}: the keys fit no form of instruction data: {keys}", _known_forms())
 
 
+class LeftOut:
+    """Records that cannot be learned from: the first one stops the run, or all are left out and counted.
+
+    Args:
+        skip: whether they are left out.
+    """
+
+    def __init__(self, skip: bool):
+        self.skip, self.reasons = skip, []
+
+    def add(self, error: UsageError) -> None:
+        """Count a record, or raise the error that it gave with the flag that would leave it out."""
+        if not self.skip:
+            raise UsageError(error.message, f"{error.hint}; --skip-bad leaves such records out") from error
+        self.reasons.append(error.message)
+
+    def line(self, name: str) -> str:
+        """Return a line for the user; "" if nothing was left out."""
+        if not self.reasons:
+            return ""
+        return f"{name}: {len(self.reasons):,} bad records left out, the first is {self.reasons[0]}"
+
+
 class _Reader:
     """Reads the records of files, all of the form of the first, and counts those it leaves out."""
 
-    def __init__(self, skip_empty: bool, status: Callable[[str], None]):
-        self.skip_empty, self.status = skip_empty, status
+    def __init__(self, skip_bad: bool, status: Callable[[str], None]):
+        self.skip_bad, self.status = skip_bad, status
         self.skipped, self.forms = 0, []
 
-    def read(self, raw: Iterable[tuple[str, Any]], name: str) -> list[Record]:
+    def read(self, raw: "Raw", name: str) -> list[Record]:
         """The records of a data set; raises UsageError that names the first broken one."""
-        form, records, skipped = None, [], []
-        for where, item in raw:
-            form = form or form_of(item, where)
-            missing = [key for key in form.keys if not isinstance(item, dict) or key not in item]
-            if missing:
-                has = ", ".join(item) if isinstance(item, dict) else f"none, it is {kind_of(item)}"
-                raise UsageError(
-                    f"{where}: no '{missing[0]}'; keys: {has}",
-                    f"the first record has the {form.name} form: every record needs {' and '.join(form.keys)}",
-                )
-            for record in form.read(item, where):
+        form, records, left = None, [], LeftOut(self.skip_bad)
+        for where, item in raw(left.add):
+            try:
+                form = form or form_of(item, where)
+                found = _records_of(item, form, where)
+            except UsageError as error:
+                left.add(error)
+                continue
+            for record in found:
                 if problem := _emptiness(record):
-                    if not self.skip_empty:
-                        raise UsageError(
-                            f"{record.where}: {problem}", "fill it in, or leave such records out with --skip-empty"
-                        )
-                    skipped.append(record.where)
+                    left.add(UsageError(f"{record.where}: {problem}", "fill it in"))
                 else:
                     records.append(record)
         if form is None or not records:
-            raise UsageError(f"{name} has no records", "check the file, or give another with --dataset")
+            raise UsageError(
+                f"{name} has no records" + (" that can be learned from; " if left.reasons else "") + left.line(name),
+                "check the file, or give another with --dataset",
+            )
         self.status(f"{name}: {len(records):,} records of the {form.name} form ({', '.join(form.keys)})")
-        if skipped:
-            self.status(f"{name}: {len(skipped):,} empty records left out, the first is {skipped[0]}")
-        self.skipped += len(skipped)
+        if line := left.line(name):
+            self.status(line)
+        self.skipped += len(left.reasons)
         if form.name not in self.forms:
             self.forms.append(form.name)
         return records
 
 
-def _parts(
-    dataset: str, config: DataConfig, offline: bool
-) -> tuple[Iterable[tuple[str, Any]], Iterable[tuple[str, Any]] | None]:
-    """Raw records of the train part and of the validation part; None for one that the data set does not have."""
+def _records_of(item: Any, form: Form, where: str) -> list[Record]:
+    missing = [key for key in form.keys if not isinstance(item, dict) or key not in item]
+    if missing:
+        has = ", ".join(map(str, item)) if isinstance(item, dict) else f"none, it is {kind_of(item)}"
+        raise UsageError(
+            f"{where}: no '{missing[0]}'; keys: {has}",
+            f"the first record has the {form.name} form: every record needs {' and '.join(form.keys)}",
+        )
+    return form.read(item, where)
+
+
+# raw records after their places; what it is called with takes the errors of lines that are none
+Raw = Callable[[Callable[[UsageError], None]], Iterable[tuple[str, Any]]]
+
+
+def _parts(dataset: str, config: DataConfig, offline: bool) -> tuple[Raw, Raw | None]:
+    """Return the train part and the validation part, None for one that the data set does not have."""
     if dataset == "docstrings":
         return _files([docstrings.part("train")]), _files([docstrings.part("validation")])
     if dataset == "stdlib":
@@ -225,15 +229,17 @@ def _parts(
     return _rows(dataset, "train", splits["train"]), (_rows(dataset, own, splits[own]) if own else None)
 
 
-def _files(files: list[Path]) -> Iterator[tuple[str, Any]]:
-    return chain.from_iterable(map(read_records, files))
+def _files(files: list[Path]) -> Raw:
+    return lambda broken: chain.from_iterable(read_records(file, broken=broken) for file in files)
 
 
-def _rows(dataset: str, split: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{dataset} ({split}), record {number}", row) for number, row in enumerate(rows, 1))
+def _rows(dataset: str, split: str, rows: Iterable[Any]) -> Raw:
+    return lambda _: ((f"{dataset} ({split}), record {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _emptiness(record: Record) -> str:
+    if record.chat is not None:
+        return ""
     if not record.turns or any(not turn.response.strip() for turn in record.turns):
         return "the response is empty"
     if any(not (turn.instruction.strip() or turn.input.strip()) for turn in record.turns):
@@ -245,63 +251,22 @@ def _pair(prompt: str, response: str, about: str | None = None) -> Callable[[dic
     """Reads records of one turn with these keys; `about` is the optional key of the input."""
 
     def read(record: dict[str, Any], where: str) -> list[Record]:
-        texts = [_text(record, key, where) if key else "" for key in (prompt, about, response)]
-        return [Record(where, (Turn(*texts),))]
+        texts = [text_in(record, key, where) if key else "" for key in (prompt, about, response)]
+        return with_context(record, [Record(where, (Turn(*texts),))], where)
 
     return read
 
 
 def _instances(record: dict[str, Any], where: str) -> list[Record]:
-    instruction, instances = _text(record, "instruction", where), record["instances"]
+    instruction, instances = text_in(record, "instruction", where), record["instances"]
     if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
         raise UsageError(f"{where}: 'instances' is {kind_of(instances)}, not a list of objects", _known_forms())
-    pairs = [(_text(i, "input", where), _text(i, "output", where)) for i in instances]
-    return [Record(where, (Turn(instruction, about, response),)) for about, response in pairs]
+    pairs = [(text_in(i, "input", where), text_in(i, "output", where)) for i in instances]
+    return with_context(record, [Record(where, (Turn(instruction, *pair),)) for pair in pairs], where)
 
 
 def _conversation(key: str) -> Callable[[dict[str, Any], str], list[Record]]:
-    def read(record: dict[str, Any], where: str) -> list[Record]:
-        messages = record[key]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise UsageError(f"{where}: '{key}' is {kind_of(messages)}, not a list of messages", _known_forms())
-        return [_turns([_message(m, where) for m in messages], where)]
-
-    return read
-
-
-def _message(message: dict[str, Any], where: str) -> tuple[str, str]:
-    sender = "role" if "role" in message else "from"
-    role = message.get(sender)
-    if role not in _ROLES:
-        raise UsageError(
-            f"{where}: a message of the {sender} {role!r}", f"roles that are read here: {', '.join(_ROLES)}"
-        )
-    return _ROLES[role], _text(message, "content" if "content" in message else "value", where)
-
-
-def _turns(messages: list[tuple[str, str]], where: str) -> Record:
-    system = ""
-    if messages and messages[0][0] == "system":
-        system, messages = messages[0][1], messages[1:]
-    order = [role for role, _ in messages]
-    if order != [("user", "assistant")[i % 2] for i in range(len(order))]:
-        raise UsageError(
-            f"{where}: messages of {', '.join(order)}",
-            "a conversation is one of user, assistant, user, assistant ... after at most one of system",
-        )
-    texts = [text for _, text in messages]
-    # a question at the end without an answer is an empty response
-    texts += [""] * (len(texts) % 2)
-    return Record(where, tuple(Turn(a, "", b) for a, b in zip(texts[::2], texts[1::2], strict=True)), system)
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UsageError(f"{where}: '{key}' is {kind_of(value)}, not text", "write it as text in quotes")
-    return value
+    return lambda record, where: [read_conversation(record, key, where)]
 
 
 # a record with the keys of several has the first

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lowrank_cli.data.conversations import Record
 from lowrank_cli.data.examples import NO_TARGET, Encoded, Row, chunks
-from lowrank_cli.data.instructions import Record
 from lowrank_cli.data.tokens import Batch
 
 

@@ -17,13 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import downstream, glue, instructions, tasks, templates
+from lowrank_cli.data.conversations import Record
 from lowrank_cli.data.examples import NO_TARGET, Encoded, Row, chunks, encode_labelled, encode_texts
-from lowrank_cli.data.instructions import Record
+from lowrank_cli.data.instructions import LeftOut
 from lowrank_cli.data.questions import Questions
 from lowrank_cli.data.streams import EpochRows
 from lowrank_cli.data.tasks import Task
-from lowrank_cli.data.templates import Template
+from lowrank_cli.data.templates import Template, Text
 from lowrank_cli.data.tokens import Batch, TrainStream, check_total
+from lowrank_cli.errors import UsageError
 from lowrank_cli.evaluate.classification import score
 
 MULTIPLE = 8  # of the padded length: matrix units take whole tiles
@@ -167,14 +169,24 @@ def build(
     else:
         template = templates.load(task.template, tokenizer, task=about is not None)
 
+        as_rows = partial(
+            encode_texts, tokenizer=tokenizer, max_length=max_length, train_on_inputs=task.train_on_inputs
+        )
+
         def encode(records: list[Record]) -> Encoded:
-            return _encode(records, template, tokenizer, max_length, task.train_on_inputs)
+            return as_rows(map(template.render, records))
 
         questions = None
         train, held_out, description = _records(config, task, about, offline, status)
         status(f"tokenizing {len(train):,} records with the template {template.name}")
-        parts = [encode(train), encode(held_out)]
-        parts[1].rows = _first(parts[1].rows, eval_tokens)
+        if about is not None:
+            parts = [encode(train), encode(held_out)]
+        else:
+            texts = [_texts(part, template, task.skip_bad, config.dataset, status) for part in (train, held_out)]
+            parts = [as_rows(part) for part in texts]
+            if left := len(train) + len(held_out) - sum(map(len, texts)):
+                description["skipped"] = (description.get("skipped") or 0) + left
+        parts[1].keep(_within(parts[1].rows, eval_tokens))
         if about is not None:
             asked = held_out[: len(parts[1].rows)]
             questions = Questions(asked, encode, partial(_collated, tokenizer, max_length), tokenizer.eos_token_id)
@@ -275,17 +287,29 @@ def _records(
     return train, held_out, {"task": about.name}
 
 
-def _encode(
-    records: list[Record],
-    template: Template,
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int,
-    train_on_inputs: bool,
-) -> Encoded:
-    return encode_texts(map(template.render, records), tokenizer, max_length, train_on_inputs=train_on_inputs)
+def _texts(
+    records: list[Record], template: Template, skip_bad: bool, name: str, status: Callable[[str], None]
+) -> list[Text]:
+    """Return the records as text, without those that the template cannot write."""
+    texts, left = [], LeftOut(skip_bad)
+    for record in records:
+        try:
+            texts.append(template.render(record))
+        except UsageError as error:
+            left.add(error)
+    if line := left.line(name):
+        status(line)
+    if not texts:
+        raise UsageError(f"{name} has no records that the template {template.name} can write", "take another one")
+    if unlearned := [text.unlearned for text in texts if text.unlearned]:
+        status(
+            f"{name}: the chat template writes {sum(unlearned):,} earlier answers of {len(unlearned):,} conversations "
+            "in another way than when they were given; these are context, and only the later answers are learned"
+        )
+    return texts
 
 
-def _first(rows: list[Row], eval_tokens: int) -> list[Row]:
-    """As many rows from the start as have at most eval_tokens targets together, and one at least."""
+def _within(rows: list[Row], eval_tokens: int) -> int:
+    """Return how many rows from the start have at most eval_tokens targets together, and one at least."""
     within = np.cumsum([row.targets for row in rows]) <= eval_tokens
-    return rows[: max(1, int(within.sum()))]
+    return max(1, int(within.sum()))

@@ -4,7 +4,7 @@ A template is a YAML file with `prompt`, and if wanted `prompt_with_input` and `
 {input} and {response} stand for the record's texts. ``chat`` is the chat template of the tokenizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_cli.config import read_yaml
-from lowrank_cli.data.instructions import Record
+from lowrank_cli.foreign import read_yaml
+from lowrank_cli.data.conversations import SAID, Chat, Record
 from lowrank_cli.errors import MissingError, UsageError, unknown
 
 FOLDER = Path(__file__).parent / "templates"
@@ -42,13 +42,15 @@ class Text:
         where: the record's place for messages.
         parts: each a text of its own for the tokenizer, in segments; the row is the parts joined.
         bos: whether the tokenizer's own beginning-of-text token still has to be put in front.
-        eos: whether end-of-text still has to be put after every part, to be learned.
+        eos: whether end-of-text still has to be put after every part, to be learned if the part's end is.
+        unlearned: answers that are context because the template writes them in another way once others follow.
     """
 
     where: str
     parts: tuple[tuple[Segment, ...], ...]
     bos: bool = True
     eos: bool = True
+    unlearned: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,6 @@ def load(name: str, tokenizer: PreTrainedTokenizerFast, *, task: bool = False) -
     return Template(name, lambda record: _filled(parts, record))
 
 
-def turns_of(record: Record) -> list[tuple[str, str]]:
-    """The requests, each with its input under it, and the responses."""
-    return [("\n\n".join(t for t in (turn.instruction, turn.input) if t), turn.response) for turn in record.turns]
-
-
 def _parse(content: dict[str, Any], path: Path) -> dict[str, list[tuple[str, str | None]]]:
     """Each text of a template as (literal, name of the field after it) pairs."""
     for key in content:
@@ -131,52 +128,91 @@ def _fill(pieces: list[tuple[str, str | None]], texts: dict[str, str]) -> str:
 
 
 def _filled(parts: dict[str, list[tuple[str, str | None]]], record: Record) -> Text:
+    if record.chat is not None:
+        raise UsageError(
+            f"{record.where}: {record.chat.why}, which only a chat template can write",
+            "take --template chat with a tokenizer that has one",
+        )
     filled = []
-    for turn, (request, _) in zip(record.turns, turns_of(record), strict=True):
+    for turn in record.turns:
         own = bool(turn.input) and "prompt_with_input" in parts
         # without a prompt for it the input stands under the instruction
-        instruction = turn.instruction if own else request
+        instruction = turn.instruction if own else "\n\n".join(t for t in (turn.instruction, turn.input) if t)
         if record.system and not filled:
             instruction = f"{record.system}\n\n{instruction}"
         prompt = _fill(
             parts["prompt_with_input" if own else "prompt"], {"instruction": instruction, "input": turn.input}
         )
         response = _fill(parts["response"], {"response": turn.response})
-        filled.append((Segment(prompt, False), Segment(response, True)))
+        filled.append((Segment(prompt, False), Segment(response, turn.learned)))
     return Text(record.where, tuple(filled))
 
 
 def _chat(tokenizer: PreTrainedTokenizerFast, record: Record) -> Text:
-    messages = [{"role": "system", "content": record.system}] if record.system else []
-    segments, done = [], ""
-    for request, response in turns_of(record):
-        messages.append({"role": "user", "content": request})
-        prompt = _render(tokenizer, messages, record.where, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": response})
-        whole = _render(tokenizer, messages, record.where)
+    chat, where = record.as_chat(), record.where
+    final = _render(tokenizer, chat.messages, chat.tools, where)
+    if record.chat is not None:
+        _check_written(tokenizer, chat, final, where)
+    segments: list[Segment] = []
+    done = unlearned = 0
+    for number in chat.learned:
+        prompt = _render(tokenizer, chat.messages[:number], chat.tools, where, add_generation_prompt=True)
+        last = number == len(chat.messages) - 1
+        whole = final if last else _render(tokenizer, chat.messages[: number + 1], chat.tools, where)
         # what the model sees before it answers has to be what it sees in training
-        if not (prompt.startswith(done) and whole.startswith(prompt)):
+        if not (len(prompt) >= done and whole.startswith(prompt) and final.startswith(whole)):
+            if not last:
+                # such as a template that drops the thoughts of earlier answers
+                unlearned += 1
+                continue
             raise UsageError(
-                f"{record.where}: the tokenizer's chat template writes the beginning of a conversation in another "
-                "way once it goes on, so that the responses cannot be told from the rest",
+                f"{where}: the tokenizer's chat template writes an answer in another way than the beginning of one, "
+                "so that it cannot be told from the rest",
                 "take --template alpaca, plain or qa",
             )
         said, eos, rest = whole[len(prompt) :].rpartition(tokenizer.eos_token)
         # what a template writes after the end of text is never generated; without such an end it is all the response
-        segments += [Segment(prompt[len(done) :], False), Segment(said + eos or rest, True)]
+        segments += [Segment(final[done : len(prompt)], False), Segment(said + eos or rest, True)]
         segments += [Segment(rest, False)] if eos and rest else []
-        done = whole
+        done = len(whole)
     ends = segments[-1].target is False or segments[-1].text.endswith(tokenizer.eos_token)
     # nothing follows what stands after the last end of text
     segments = segments if segments[-1].target else segments[:-1]
     # a chat template writes the beginning of text itself where the model was trained with one
-    return Text(record.where, (tuple(segments),), bos=False, eos=not ends)
+    return Text(where, (tuple(segments),), bos=False, eos=not ends, unlearned=unlearned)
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], where: str, **options: bool) -> str:
+def _check_written(tokenizer: PreTrainedTokenizerFast, chat: Chat, final: str, where: str) -> None:
+    """Raise UsageError if the chat template leaves out the tools, their results or what an answer has beside text."""
+    plain = [{key: value for key, value in message.items() if key not in SAID} for message in chat.messages]
+    without = {
+        "the tools": (chat.messages, ()),
+        "the tools' results": ([message for message in chat.messages if message["role"] != "tool"], chat.tools),
+        "what an answer has beside its content": (plain, chat.tools),
+    }
+    for what, (messages, tools) in without.items():
+        if (list(messages), tools) == (list(chat.messages), chat.tools):
+            continue
+        try:
+            same = _render(tokenizer, messages, tools, where) == final
+        except UsageError:
+            same = False
+        if same:
+            raise UsageError(
+                f"{where}: the tokenizer's chat template leaves out {what}", "take a model whose template writes them"
+            )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    where: str,
+    **options: bool,
+) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, ValueError, TypeError) as error:
+        return tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False, **options)
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UsageError(
             f"{where}: the tokenizer's chat template refuses the conversation: {' '.join(str(error).split())}",
             "take --template alpaca, plain or qa, or mend the record",

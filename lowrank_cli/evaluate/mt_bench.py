@@ -18,7 +18,7 @@ import torch
 
 from lowrank_cli import console
 from lowrank_cli.data import templates
-from lowrank_cli.data.instructions import Record, Turn
+from lowrank_cli.data.conversations import Record, Turn
 from lowrank_cli.data.records import read_records, read_whole
 from lowrank_cli.data.tokenizer import adds_bos
 from lowrank_cli.errors import PreflightError, UsageError

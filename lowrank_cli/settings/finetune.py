@@ -21,7 +21,11 @@ class TaskConfig:
         "task, else chat where the tokenizer has one, else alpaca",
     )
     train_on_inputs: bool = option(False, "loss on the prompt too, not on the response only")
-    skip_empty: bool = option(False, "leave records without a response out instead of stopping at the first")
+    skip_bad: bool = option(
+        False,
+        "leave out and count the records that cannot be learned from, such as empty ones, instead of stopping at the "
+        "first",
+    )
     validation_share: float = option(
         0.05, "share of the records held out where the data has no validation part", above=0, below=1
     )

@@ -102,8 +102,21 @@ def test_says_which_form_was_taken(write):
         ([{"messages": "x"}], "line 1", "'messages' is a string"),
         ([{"messages": CHAT[:2]}], "line 1", "the response is empty"),
         ([{"messages": []}], "line 1", "the response is empty"),
-        ([{"messages": [CHAT[1], CHAT[3]]}], "line 1", "messages of user, user"),
-        ([{"messages": [{"role": "tool", "content": "x"}]}], "line 1", "role 'tool'"),
+        ([{"messages": [CHAT[1], CHAT[3]]}], "line 1", "the response is empty"),
+        ([{"messages": [CHAT[2]]}], "line 1", "the prompt is empty"),
+        ([{"messages": [{"role": "critic", "content": "x"}]}], "line 1", "role 'critic'"),
+        ([{"messages": [{"role": ["user"], "content": "x"}]}], "line 1", "role ['user']"),
+        ([{"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}], "line 1", "no answer has a weight"),
+        ([{"messages": [CHAT[1], {**CHAT[2], "weight": 0.5}]}], "line 1", "'weight' of a message is 0.5"),
+        ([{"messages": [CHAT[1], {**CHAT[2], "mask": 1}]}], "line 1", "'mask' of a message is not read"),
+        ([{"messages": CHAT, "system": "Be long."}], "line 1", "'system' beside a message of the role system"),
+        ([{"messages": CHAT, "history": [["a", "b"]]}], "line 1", "'history' beside 'messages'"),
+        ([{"messages": CHAT, "tools": "x"}], "line 1", "not JSON"),
+        ([{"messages": CHAT, "functions": [{"name": "x"}]}], "line 1", "'functions' is not read"),
+        ([{**ALPACA, "tools": [{"name": "x"}]}], "line 1", "'tools' in a record without messages"),
+        ([{**ALPACA, "history": ["x"]}], "line 1", "'history' is no list of pairs"),
+        ([{**ALPACA, "output": [{"type": "image", "image": "x"}]}], "line 1", "a part of type 'image'"),
+        ([{"messages": [CHAT[1], {"role": "assistant", "tool_calls": [{"id": 1}]}]}], "line 1", "name of a tool"),
         ([{"instruction": "x", "instances": "y"}], "line 1", "'instances' is a string"),
     ],
 )
@@ -113,22 +126,48 @@ def test_a_broken_record_is_named_by_file_and_number(records, place, words, writ
         load(path)
     assert f"{path}, {place}" in caught.value.message
     assert words in caught.value.message
-    assert caught.value.hint
+    assert "--skip-bad" in caught.value.hint
 
 
 @pytest.mark.parametrize(("name", "place"), [("a.jsonl", "line 4"), ("a.json", "record 4")])
-def test_skips_empty_records_only_when_told_and_counts_them(name, place, write):
+def test_skips_bad_records_only_when_told_and_counts_them(name, place, write):
     rows = [{**ALPACA, "instruction": f"Task {i}"} for i in range(10)]
     rows[3]["output"] = rows[7]["output"] = ""
     path, said = write(name, rows if name == "a.jsonl" else json.dumps(rows)), []
     with pytest.raises(UsageError, match=f"{place}: the response is empty") as caught:
         load(path)
-    assert "--skip-empty" in caught.value.hint
-    data = load(path, said.append, skip_empty=True)
+    assert "--skip-bad" in caught.value.hint
+    data = load(path, said.append, skip_bad=True)
     assert len(everything(data)) == 8
     assert data.description["skipped"] == 2
-    assert "2 empty records left out, the first is" in said[1]
+    assert "2 bad records left out, the first is" in said[1]
     assert place in said[1]
+
+
+@pytest.mark.parametrize(("name", "broken"), [("a.jsonl", '{"instruction": "x"'), ("a.csv", "x,y,z"), ("a.csv", "x")])
+def test_broken_lines_are_left_out_only_when_told(name, broken, write):
+    lines = ["instruction,output", *(f"task {i},done" for i in range(5))]
+    if name == "a.jsonl":
+        lines = [json.dumps({"instruction": f"task {i}", "output": "done"}) for i in range(5)]
+    path, said = write(name, "\n".join([*lines[:3], broken, *lines[3:]])), []
+    with pytest.raises(UsageError, match="line 4") as caught:
+        load(path)
+    assert "--skip-bad" in caught.value.hint
+    data = load(path, said.append, skip_bad=True)
+    assert len(everything(data)) == 5
+    assert "1 bad records left out, the first is" in said[1]
+    assert "line 4" in said[1]
+
+
+def test_system_and_history_beside_other_keys_are_part_of_the_record(write):
+    rows = [
+        {**ALPACA, "system": "Be short.", "history": [["Hello?", "Hi."]]},
+        {**ALPACA, "instruction": "Subtract.", "system_prompt": "Be long.", "history": None},
+    ]
+    data = load(write("a.jsonl", rows))
+    first, second = sorted([*data.train, *data.validation], key=lambda r: r.where)
+    assert (first.system, first.turns) == ("Be short.", (Turn("Hello?", "", "Hi."), Turn("Add.", "2 and 3", "5")))
+    assert (second.system, len(second.turns)) == ("Be long.", 1)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "\n\n"])
@@ -200,6 +239,23 @@ def test_held_out_prompts_are_never_trained_on_and_do_not_depend_on_the_order(pr
     assert {r.where for r in hold_out(shuffled, share, "x")[1]} == {r.where for r in validation}
 
 
+@pytest.mark.parametrize(("share", "held_out"), [(0.05, 10), (0.1, 20), (0.2, 20), (0.5, 20), (0.9, 20)])
+def test_a_prompt_with_most_of_the_records_is_not_held_out(share, held_out, capsys):
+    records = [Record(str(i), (Turn(f"q{max(i, 180)}", "", f"a{i}"),)) for i in range(201)]
+    train, validation = hold_out(records, share, "x")
+    assert len(validation) in (held_out, held_out + 1)
+    assert len(train) + len(validation) == 201
+    warning = capsys.readouterr().err
+    assert bool(warning) == (share > 0.2)
+    if warning:
+        assert f"{len(validation)} of 201 records validate instead of {round(share * 201)}" in warning
+
+
+def test_of_prompts_with_several_records_as_many_are_held_out_as_come_nearest():
+    records = [Record(f"{i} {j}", (Turn(f"q{i}", "", f"a{j}"),)) for i in range(20) for j in range(5)]
+    assert [len(hold_out(records, share, "x")[1]) for share in (0.01, 0.05, 0.07, 0.08, 0.1)] == [5, 5, 5, 10, 10]
+
+
 def test_the_same_prompt_with_another_input_is_another_prompt():
     record = Record("a", (Turn("Add.", "1", "1"),))
     assert record.prompt != replace(record, turns=(Turn("Add.", "2", "2"),)).prompt
@@ -218,7 +274,7 @@ def test_published_sets_are_read_whole(published_data):
     }
     found = {}
     for name in expected:
-        data = load(published_data / "instruct" / name, skip_empty=True)
+        data = load(published_data / "instruct" / name, skip_bad=True)
         empty = data.description["skipped"] or 0
         found[name] = (len(everything(data)) + empty, empty)
     assert found == expected

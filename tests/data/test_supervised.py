@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import supervised
+from lowrank_cli.data.conversations import Record, Turn
 from lowrank_cli.data.examples import NO_TARGET, encode_texts
-from lowrank_cli.data.instructions import Record, Turn
 from lowrank_cli.data.templates import Segment, Text
 from lowrank_cli.data.templates import load as load_template
 from lowrank_cli.data.tokenizer import named_tokenizer
@@ -403,3 +403,14 @@ def test_chat_rows_are_the_tokenizers_own(name, test_data, tmp_path):
         end = whole.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
         expected.add(tuple(tokenizer(whole[:end], add_special_tokens=False)["input_ids"]))
     assert found == expected
+
+
+def test_records_that_are_cut_are_counted_over_those_that_are_kept(records, tokenizers):
+    said = []
+    data = build(records, tokenizers["gpt2"], task={"validation_share": 0.5}, max_length=8, eval_tokens=9,
+                 status=said.append)  # fmt: skip
+    kept = data.description["validation_records"]
+    assert kept < 20
+    (line,) = [line for line in said if "validation records are longer" in line]
+    cut, _, total, *_ = line.split()
+    assert 0 < int(cut) <= int(total) == kept

@@ -2,7 +2,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lowrank_cli.data import templates
-from lowrank_cli.data.instructions import Record, Turn
+from lowrank_cli.data.conversations import SAID, Record, Turn, read_conversation
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import MissingError, UsageError
 
@@ -101,6 +101,94 @@ def test_a_chat_template_that_rewrites_what_was_said_is_refused(chat):
     with pytest.raises(UsageError, match="a.jsonl, line 1") as caught:
         templates.load("chat", chat).render(PLAIN)
     assert "alpaca" in caught.value.hint
+
+
+# in the manner of Qwen3: only what is said after the last request keeps its thoughts
+THINKING = (
+    "{% set seen = namespace(asked=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set seen.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}"
+    "{% if loop.index0 > seen.asked %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_chat_template_that_drops_earlier_thoughts_is_learned_where_it_writes_what_it_will_write(chat):
+    chat.chat_template = THINKING
+    text = templates.load("chat", chat).render(TALK)
+    assert parts(text) == [[
+        ("system: Be short.<|endoftext|>\nuser: Hello?<|endoftext|>\nassistant: Hi.<|endoftext|>\n"
+         "user: And?<|endoftext|>\nassistant: ", False),
+        ("<think></think>No.<|endoftext|>", True),
+    ]]  # fmt: skip
+    assert text.unlearned == 1
+
+
+def test_each_step_after_the_last_request_is_learned(chat):
+    chat.chat_template = THINKING
+    call = {"name": "clock", "arguments": {}}
+    text = templates.load("chat", chat).render(
+        read_conversation(
+            {
+                "messages": [
+                    *({"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}),
+                    {"role": "user", "content": "What time is it?"},
+                    {"role": "assistant", "content": "", "reasoning_content": "Look.", "tool_calls": [call]},
+                    *({"role": "tool", "content": "12:00"}, {"role": "assistant", "content": "Noon."}),
+                ],
+                "tools": [{"name": "clock"}],
+            },
+            "messages",
+            "here",
+        )
+    )
+    (segments,) = parts(text)
+    assert "".join(piece for piece, _ in segments).startswith('tools: [{"name": "clock"}]\nuser: Hello?')
+    targets = [piece for piece, target in segments if target]
+    assert targets[0].startswith('<think>Look.</think>[{"type": "function"')
+    assert targets[1:] == ["<think></think>Noon.<|endoftext|>"]
+    assert text.unlearned == 1
+
+
+def test_an_answer_of_weight_zero_is_not_learned_by_any_template(chat, tokenizer):
+    turns = (Turn("Hello?", "", "Hi.", learned=False), Turn("And?", "", "No."))
+    for name, loaded in (("chat", chat), ("plain", tokenizer)):
+        text = templates.load(name, loaded).render(Record("here", turns))
+        pieces = [piece for part in parts(text) for piece in part]
+        assert [piece.strip() for piece, target in pieces if target] in (["No."], ["No.<|im_end|>"])
+        assert "Hi." in "".join(piece for piece, _ in pieces)
+
+
+@pytest.mark.parametrize(
+    ("beside", "what"),
+    [
+        ({"tools": [{"name": "clock"}]}, "the tools"),
+        ({"reasoning_content": "Hm."}, "what an answer has beside"),
+        ({"tool_calls": [{"name": "clock"}]}, "what an answer has beside"),
+        ({"result": "12:00"}, "the tools' results"),
+    ],
+)
+def test_a_chat_template_that_leaves_something_out_is_refused(beside, what, chat):
+    chat.chat_template = CHATML.replace("{{ m.content }}", "{% if m.role != 'tool' %}{{ m.content }}{% endif %}")
+    if "result" in beside:
+        chat.chat_template = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
+    answer = {"role": "assistant", "content": "Noon.", **{k: v for k, v in beside.items() if k in SAID}}
+    messages = [{"role": "user", "content": "What time is it?"}, answer]
+    if "result" in beside:
+        messages[1:1] = [{"role": "tool", "content": beside["result"]}]
+    record = read_conversation({"messages": messages, "tools": beside.get("tools")}, "messages", "here")
+    with pytest.raises(UsageError, match=f"here: .* leaves out {what}"):
+        templates.load("chat", chat).render(record)
+
+
+@pytest.mark.parametrize("messages", ["{{ messages[7].role }}", "{{ 1 / 0 }}", "{{ {}['a'] }}{{ none.x.y }}"])
+def test_whatever_a_chat_template_raises_names_the_record(messages, chat):
+    chat.chat_template = messages
+    with pytest.raises(UsageError, match="line 1"):
+        templates.load("chat", chat).render(PLAIN)
 
 
 def test_a_chat_template_that_refuses_names_the_record(chat):
