@@ -1,32 +1,47 @@
-"""--memory-budget: what would make a run fit, in the order of what it costs, each with the estimate that it gives."""
+"""--memory-budget: of the settings that make a run smaller, those that make it fit and cost the user least."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
 
-from lowrank_cli import console, methods
-from lowrank_cli.config import RunConfig, resolve
-from lowrank_cli.errors import PreflightError, UsageError
+from lowrank_cli import console
+from lowrank_cli.config import RunConfig
+from lowrank_cli.errors import LowrankError, PreflightError
+from lowrank_cli.memory.knobs import KNOBS, SAME, configured
 
-Settings = dict[str, Any]
+FARTHEST = 1 << 30
 
 
 @dataclass(frozen=True)
-class Knob:
-    """A change of settings that takes less memory.
+class Plan:
+    """A run with knobs turned.
 
     Attributes:
-        cost: what it costs, in a few words.
-        change: the flags, and the changed settings; None where there is nothing to change.
+        turned: steps of each of KNOBS; 0 leaves it as the user has it.
+        flags: what to type, by the index of the knob.
+        config: what the run and the flags resolve to.
     """
 
-    cost: str
-    change: Callable[[RunConfig, Settings], tuple[str, Settings] | None]
+    turned: tuple[int, ...]
+    flags: dict[int, str]
+    config: RunConfig
+
+    @property
+    def typed(self) -> str:
+        """All flags; of two with the same name, the later one."""
+        return " ".join({flag.partition(" ")[0]: flag for flag in self.flags.values()}.values())
 
 
-def check(total: int, budget: int, config: RunConfig, reestimate: Callable[[RunConfig], int]) -> None:
+def check(
+    total: int,
+    budget: int,
+    config: RunConfig,
+    reestimate: Callable[[RunConfig], int],
+    bound: Callable[[RunConfig], int] | None = None,
+    kept: int = 0,
+) -> None:
     """Compare an estimate with the budget.
 
     Args:
@@ -34,147 +49,161 @@ def check(total: int, budget: int, config: RunConfig, reestimate: Callable[[RunC
         budget: bytes that the run may take.
         config: of the run.
         reestimate: the estimate of another configuration.
+        bound: the same where it is within the budget; elsewhere a number over the budget, which is quicker to have.
+        kept: bytes that the run holds however it comes to the same updates.
     Raises:
         PreflightError: it is over the budget; with the settings that would make it fit.
     """
     if total <= budget:
         return
-    rows, flags, now, left = [], {}, (config, total), list(KNOBS)
-    for knob in KNOBS:
-        alone = turned(knob, config, reestimate)
-        if alone is None or alone[2] >= total:
-            continue
-        together = ""
-        if now[1] > budget:
-            step = alone if now[0] is config else turned(knob, now[0], reestimate)
-            if step is not None and step[2] < now[1]:
-                flags[step[0].partition(" ")[0]], now = step[0], step[1:]
-                left.remove(knob)
-            together = console.human_bytes(now[1])
-        rows.append([alone[0], console.human_bytes(alone[2]), together, knob.cost])
-    for knob in left:
-        # what was no help alone may be one now
-        step = turned(knob, now[0], reestimate) if now[1] > budget else None
-        if step is not None and step[2] < now[1]:
-            flags[step[0].partition(" ")[0]], now = step[0], step[1:]
-            rows.append([step[0], "", console.human_bytes(now[1]), knob.cost])
-    console.table(
-        "What would help, the cheapest first",
-        ["flag", "alone", "with those above", "what it costs"],
-        rows,
-        right=(1, 2),
-    )
+    search = Search(config, budget, bound or reestimate, kept)
+    plan = search.cheapest()
     over = f"the estimate of {console.human_bytes(total)} is over the budget of {console.human_bytes(budget)}"
-    size, typed = console.human_bytes(now[1]), " ".join(flags.values())
-    if now[1] <= budget:
-        raise PreflightError(over, f"it is {size} with: {typed}")
-    raise PreflightError(
-        over, f"take a smaller --model; it is {size} even with: {typed}" if typed else "a smaller --model"
-    )
+    if plan is not None:
+        show(plan)
+        size = console.human_bytes(search.sizes[plan.turned])
+        raise PreflightError(over, f"it is {size} with: {plan.typed}")
+    plan = search.smallest()
+    if plan is None:
+        raise PreflightError(over, "take a smaller --model")
+    show(plan)
+    size = console.human_bytes(reestimate(plan.config))
+    raise PreflightError(over, f"take a smaller --model; it is {size} even with: {plan.typed}")
 
 
-def turned(knob: Knob, config: RunConfig, reestimate: Callable[[RunConfig], int]) -> tuple[str, RunConfig, int] | None:
-    """The flags of a knob, the configuration with it and its estimate; None where it is not to be had."""
-    changed = knob.change(config, config.flat())
-    if changed is None:
-        return None
-    flag, settings = changed
-    try:
-        new = configured(config.command, settings)
-    except UsageError:
-        # the method does not go with it
-        return None
-    return flag, new, reestimate(new)
+def show(plan: Plan) -> None:
+    """Print what the knobs of a plan cost."""
+    rows = [[flag, KNOBS[index].cost] for index, flag in plan.flags.items()]
+    console.table("What makes it smaller", ["flag", "what it costs"], rows)
 
 
-def configured(command: str, settings: Settings) -> RunConfig:
-    """The configuration of flat settings, checked like flags."""
-    parts = str(settings["method"]).split("+")
-    own = {key: value for key, value in settings.items() if key in methods.names()}
-    given = {k: v for k, v in settings.items() if k not in own and k != "command"}
-    return resolve(command, given, {name: value for name, value in own.items() if name in parts})
+class Search:
+    """The plans of a run, and the cheapest one that fits.
 
+    Of all plans that fit, the cheapest is the one whose costliest knob costs least; of those alike in that, the one
+    that turns this knob least; and so on with the next costly.
 
-def _switch(key: str) -> Callable[[RunConfig, Settings], tuple[str, Settings] | None]:
-    def change(config: RunConfig, settings: Settings):
-        return None if settings[key] else (f"--{key.replace('_', '-')}", settings | {key: True})
+    A set of plans with a limit for each knob has one that fits if and only if one of its corners does: every knob is
+    turned as far as the limit, or, if it tries both ends, not at all. A misfit rules out all plans that turn the knobs
+    less far and those with two ends alike. So a plan is found whenever there is one, with few estimates.
 
-    return change
+    Args:
+        config: the run.
+        budget: bytes that it may take.
+        estimate: of a configuration, in bytes; any number over the budget will do for one that is over it.
+        kept: bytes that no knob of SAME takes away.
+    """
 
+    def __init__(self, config: RunConfig, budget: int, estimate: Callable[[RunConfig], int], kept: int = 0):
+        self.config, self.budget, self.estimate, self.kept = config, budget, estimate, kept
+        # by the turns of plans; None where the command refuses one after all
+        self.sizes: dict[tuple[int, ...], int | None] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
-def _in_backward(config: RunConfig, settings: Settings):
-    name = next((n for n, own in config.methods.items() if hasattr(own, "in_backward")), None)
-    if name is None or settings[name]["in_backward"]:
-        return None
-    return f"--{name}-in-backward", settings | {name: settings[name] | {"in_backward": True}}
-
-
-def _batch(divisor: int) -> Callable[[RunConfig, Settings], tuple[str, Settings] | None]:
-    def change(config: RunConfig, settings: Settings):
-        batch, total = settings["batch_size"], settings["total_batch_size"] or settings["batch_size"]
-        smaller = batch // divisor if divisor else 1
-        if smaller < 1 or smaller >= batch or batch % smaller:
+    def cheapest(self) -> Plan | None:
+        """The plan that fits and costs least, or None if none fits."""
+        low, high = 0, len(SAME)
+        found = self._first(self._limits(high))
+        if found is None:
+            low, high = len(SAME), len(KNOBS)
+            found = self._first(self._limits(high))
+        if found is None:
             return None
-        flag = f"--batch-size {smaller} --total-batch-size {total}"
-        return flag, settings | {"batch_size": smaller, "total_batch_size": total}
+        # how many of the knobs it takes, from the cheapest on
+        while high - low > 1:
+            middle = (low + high) // 2
+            fewer = self._first(self._limits(middle))
+            found, low, high = (found, middle, high) if fewer is None else (fewer, low, middle)
+        limits = self._limits(high)
+        for index in reversed(range(high)):
+            found = self._relaxed(limits, index, found)
+            limits[index] = found.turned[index]
+        return found
 
-    return change
+    def smallest(self) -> Plan | None:
+        """The smallest plan that was looked at, as far as is known; None if there is none."""
+        known = {turned: size for turned, size in self.sizes.items() if size is not None and any(turned)}
+        return self._plans[min(known, key=known.__getitem__)] if known else None
 
+    def plan(self, wanted: tuple[int, ...]) -> Plan:
+        """The run with each knob turned as far as is wanted and possible; what the command refuses stays as it is."""
+        if wanted not in self._plans:
+            try:
+                made = self._turn(wanted, together=True)
+            except LowrankError:
+                made = self._turn(wanted, together=False)
+            self._plans[wanted] = self._plans.setdefault(made.turned, made)
+        return self._plans[wanted]
 
-def _eight_bit(config: RunConfig, settings: Settings):
-    if settings["optimizer"] != "adamw":
-        return None
-    return "--optimizer adamw8bit", settings | {"optimizer": "adamw8bit"}
+    def _turn(self, wanted: tuple[int, ...], *, together: bool) -> Plan:
+        """The plan, checked once with all knobs turned, or knob by knob without those that are refused."""
+        config, settings, turned, flags = self.config, self.config.flat(), [0] * len(KNOBS), {}
+        for index in sorted(range(len(KNOBS)), key=lambda i: not KNOBS[i].first):
+            steps = KNOBS[index].steps(config, settings) if wanted[index] else []
+            number = min(wanted[index], len(steps))
+            if not number:
+                continue
+            flag, new = steps[number - 1]
+            if KNOBS[index].first or not together:
+                try:
+                    config = configured(config.command, new)
+                except LowrankError:
+                    continue
+            settings, turned[index], flags[index] = new, number, flag
+        config = configured(config.command, settings) if together else config
+        return Plan(tuple(turned), {index: flags[index] for index in sorted(flags)}, config)
 
+    def _limits(self, count: int) -> list[int]:
+        """As far as they go for the cheapest knobs, as many as `count`; the others stay."""
+        return [FARTHEST] * count + [0] * (len(KNOBS) - count)
 
-def _half_precision(config: RunConfig, settings: Settings):
-    return None if settings["dtype"] == "bfloat16" else ("--dtype bfloat16", settings | {"dtype": "bfloat16"})
+    def _relaxed(self, limits: list[int], index: int, found: Plan) -> Plan:
+        """A plan that fits and turns one knob as little as is possible within the limits of the others."""
+        low, high = -1, found.turned[index]
+        while high - low > 1:
+            # a knob is often not needed at all
+            middle = 0 if low < 0 else (low + high) // 2
+            fewer = self._first([*limits[:index], middle, *limits[index + 1 :]])
+            if fewer is None:
+                low = middle
+            else:
+                found, high = fewer, fewer.turned[index]
+        return found
 
+    def _first(self, limits: list[int]) -> Plan | None:
+        """A plan that fits within these limits; None if there is none."""
+        return next((plan for plan in self._corners(limits) if self._fits(plan)), None)
 
-def _quantize(config: RunConfig, settings: Settings):
-    if "quantize" not in settings or settings["quantize"]:
-        return None
-    return "--quantize nf4", settings | {"quantize": "nf4"}
+    def _corners(self, limits: list[int]) -> Iterator[Plan]:
+        ends = [
+            tuple(limit if far else 0 for far in knob.tries) if limit else (0,)
+            for knob, limit in zip(KNOBS, limits, strict=True)
+        ]
+        # the last factor of a product runs fastest: the cheapest knob
+        return (self.plan(tuple(reversed(wanted))) for wanted in product(*reversed(ends)))
 
+    def _fits(self, plan: Plan) -> bool:
+        if plan.turned not in self.sizes:
+            if self._is_ruled_out(plan.turned):
+                return False
+            try:
+                self.sizes[plan.turned] = self.estimate(plan.config)
+            except (LowrankError, ImportError):
+                # such as for want of a package
+                self.sizes[plan.turned] = None
+        size = self.sizes[plan.turned]
+        return size is not None and size <= self.budget
 
-def _low_rank(config: RunConfig, settings: Settings):
-    if config.method != "full":
-        return None
-    method = "lora" if config.command == "finetune" else "galore"
-    return f"--method {method}", settings | {"method": method}
-
-
-def _compressed_activations(config: RunConfig, settings: Settings):
-    if "velora" in config.methods:
-        return None
-    method = "velora" if config.method == "full" else f"{config.method}+velora"
-    return f"--method {method}", settings | {"method": method}
-
-
-def _rank(config: RunConfig, settings: Settings):
-    name = next((n for n, own in config.methods.items() if getattr(own, "rank", None)), None)
-    if name is None or settings[name]["rank"] < 2:
-        return None
-    rank = settings[name]["rank"] // 2
-    return f"--{name}-rank {rank}", settings | {name: settings[name] | {"rank": rank}}
-
-
-def _length(config: RunConfig, settings: Settings):
-    length = settings["max_length"] // 2
-    return None if length < 64 else (f"--max-length {length}", settings | {"max_length": length})
-
-
-KNOBS = (
-    Knob("nothing: the same updates", _switch("per_layer")),
-    Knob("nothing: the same updates", _in_backward),
-    Knob("some time; the same updates", _batch(2)),
-    Knob("more time; the same updates", _batch(0)),
-    Knob("a third more time; the same updates", _switch("activation_checkpointing")),
-    Knob("moments in 8 bits", _eight_bit),
-    Knob("weights and arithmetic in 16 bits", _half_precision),
-    Knob("the frozen base in 4 bits", _quantize),
-    Knob("another method", _low_rank),
-    Knob("gradients from compressed activations", _compressed_activations),
-    Knob("half the rank", _rank),
-    Knob("shorter sequences", _length),
-)
+    def _is_ruled_out(self, turned: tuple[int, ...]) -> bool:
+        """Whether a misfit turns all knobs at least as far, and those with two ends alike."""
+        if self.kept > self.budget and not any(turned[len(SAME) :]):
+            return True
+        return any(
+            size is not None
+            and size > self.budget
+            and all(
+                less <= more and (len(knob.tries) == 1 or bool(less) == bool(more))
+                for knob, less, more in zip(KNOBS, turned, misfit, strict=True)
+            )
+            for misfit, size in self.sizes.items()
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError
 from lowrank_cli.memory.layers import FEW, WHOLE, are_equal, extended
-from lowrank_cli.memory.simulate import Parts, Run, simulate
+from lowrank_cli.memory.simulate import Parts, Run, simulated
 from lowrank_cli.memory.tracker import BASES, GRADIENTS, LABELS, MOMENTS, WEIGHTS, Peak
 from lowrank_cli.models.layers import layers_of
 
@@ -58,6 +58,11 @@ class Estimate:
         last = self.parts[-1].bytes_by_label
         return round(last[MOMENTS] + last[BASES])
 
+    @property
+    def kept(self) -> int:
+        """Bytes of weights, moments and bases after the last update: what is held between updates."""
+        return round(self.parts[-1].bytes_by_label[WEIGHTS]) + self.optimizer_states
+
     def most(self, label: str) -> int:
         """The most that is held for one thing, at whatever time."""
         return round(max(part.bytes_by_label[label] for part in self.parts))
@@ -78,7 +83,13 @@ STAGES = ("forward", "loss", "backward", "step")
 
 
 def estimate(
-    run: Run, model: nn.Module, *, world_size: int = 1, parallel: str = "ddp", adapter: bool = False
+    run: Run,
+    model: nn.Module,
+    *,
+    world_size: int = 1,
+    parallel: str = "ddp",
+    adapter: bool = False,
+    limit: int | None = None,
 ) -> Estimate:
     """What a run holds at its peak, in each process.
 
@@ -89,6 +100,8 @@ def estimate(
         parallel: "ddp", where every process holds everything, or "fsdp", where it holds a share of weights,
             gradients and states, and gathers the weights of the layers that it is at.
         adapter: whether what trains is an adapter, which every process holds whole.
+        limit: bytes; with it, no update is carried out after one that is over it. The total is then less than the
+            run's, and over the limit all the same.
     Raises:
         ValueError: another way of being parallel.
         LowrankError: the model does what cannot be done without values.
@@ -96,25 +109,36 @@ def estimate(
     if parallel not in PARALLEL:
         raise ValueError(f"parallel is {parallel!r}; it is one of {', '.join(PARALLEL)}")
     count = len(layers_of(model))
-
-    def of(num_layers: int | None) -> list[Peak]:
-        with console.muted():
-            parts = run.parts(num_layers)
-            try:
-                return simulate(run, parts)
-            except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-                # an architecture that looks at values, or does what the meta device cannot
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise LowrankError(
-                    f"the memory of a {model.config.model_type} model cannot be estimated: {reason}",
-                    "leave out --dry-run and --memory-budget; --debug shows where it failed",
-                ) from error
-
+    allowance = FRAGMENTATION_SHARE if run.device == "cuda" else 0.0
     equal = count > WHOLE and are_equal(model)
-    parts = extended(*(of(few) for few in FEW), count) if equal else of(None)
-    if world_size > 1 and parallel == "fsdp":
-        parts = sharded(parts, model, world_size, adapter=adapter)
-    return Estimate(tuple(parts), FRAGMENTATION_SHARE if run.device == "cuda" else 0.0)
+    for found in zip(*(_peaks(run, model, few) for few in (FEW if equal else (None,))), strict=True):
+        parts = extended(*found, count) if equal else found[0]
+        if world_size > 1 and parallel == "fsdp":
+            parts = sharded(parts, model, world_size, adapter=adapter)
+        so_far = Estimate(tuple(parts), allowance)
+        if limit is not None and so_far.total > limit:
+            break
+    return so_far
+
+
+def _peaks(run: Run, model: nn.Module, num_layers: int | None) -> Iterator[list[Peak]]:
+    """The peaks after each update of the run with so many layers; raises LowrankError where it cannot be known."""
+    try:
+        with console.muted():
+            updates = simulated(run, run.parts(num_layers))
+        while True:
+            with console.muted():
+                peaks = next(updates, None)
+            if peaks is None:
+                return
+            yield peaks
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        # an architecture that looks at values, or does what the meta device cannot
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LowrankError(
+            f"the memory of a {model.config.model_type} model cannot be estimated: {reason}",
+            "leave out --dry-run and --memory-budget; --debug shows where it failed",
+        ) from error
 
 
 def sharded(parts: Iterable[Peak], model: nn.Module, world_size: int, *, adapter: bool = False) -> list[Peak]:

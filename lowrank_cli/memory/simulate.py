@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -78,7 +78,13 @@ class _Simulation:
 
 
 def simulate(run: Run, parts: Parts) -> list[Peak]:
-    """The peaks of a run's updates, part by part; names are (kind of update, part, layer or -1).
+    """The peaks of a run's updates, part by part; names are (kind of update, part, layer or -1)."""
+    *_, peaks = simulated(run, parts)
+    return peaks
+
+
+def simulated(run: Run, parts: Parts) -> Iterator[list[Peak]]:
+    """Carry out the updates one by one; after each come the peaks so far, as of `simulate`.
 
     Args:
         run: what decides the memory.
@@ -113,8 +119,9 @@ def simulate(run: Run, parts: Parts) -> list[Peak]:
             for p in due:
                 optimizer.state[p]["until_refresh"] = 0
         _update(sim, kind, optimizer, gradients)
-    tracker.mark("end", "end", -1)
-    return tracker.peaks()
+        if kind == kinds[-1]:
+            tracker.mark("end", "end", -1)
+        yield tracker.peaks()
 
 
 def _update(sim: _Simulation, kind: str, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
@@ -132,6 +139,7 @@ def _update(sim: _Simulation, kind: str, optimizer: torch.optim.Optimizer, gradi
             sim.current = (kind, index)
             tracker.phase = ACTIVATIONS
             batch = {key: torch.empty_like(value) for key, value in run.batch.items()}
+            tracker.pad(batch.get("attention_mask"))
             loss = run.loss(model, batch)
             tracker.phase = TEMPORARY
             tracker.mark(kind, f"backward {index}", -1)

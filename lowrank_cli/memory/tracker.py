@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank_cli.memory.shapes import result_of
 from lowrank_cli.memory.stand_ins import WORKSPACE, workspace
 
 WEIGHTS, GRADIENTS, MOMENTS, BASES = "weights", "gradients", "optimizer moments", "bases"
@@ -24,8 +25,6 @@ LABELS = (WEIGHTS, GRADIENTS, MOMENTS, BASES, ACTIVATIONS, LOSS, REFRESH, TEMPOR
 # torch's CUDA allocator hands out multiples of this
 CUDA_BLOCK = 512
 _aten = torch.ops.aten
-# what a flag about a whole mask is made with
-REDUCTIONS = frozenset({_aten.all, _aten.sum, _aten.eq})
 # ops that give back their first argument, whose shapes need no checking: it is what takes the time
 IN_PLACE = frozenset(
     getattr(_aten, f"{name}_")
@@ -78,7 +77,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, *, block: int = 1, on_cuda: bool = False):
         super().__init__()
         self.block, self.on_cuda, self.phase = block, on_cuda, TEMPORARY
-        self._unsure: set[int] = set()  # flags that a mask of padding would not set
+        self._padding: set[int] = set()  # masks of padding, and what is made from them
         self._live: dict[int, tuple[int, weakref.ref]] = {}
         self._sizes: list[int] = []
         self._labels: list[str] = []
@@ -88,7 +87,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _aten._local_scalar_dense.default and args[0].device.type == "meta":
             if args[0].dtype == torch.bool:
-                return self._see(args[0], self.phase) not in self._unsure
+                # a batch that has a mask has padding: not all of it is set
+                return self._see(args[0], self.phase) not in self._padding
             return 1.0 if args[0].is_floating_point() else 1
         if func is _aten.nonzero.default and args[0].device.type == "meta":
             # every token is a target: the most that there can be
@@ -100,12 +100,12 @@ class Tracker(TorchDispatchMode):
             return args[0]
         # what changes its arguments in place may have no meta kernel
         skipped = func.namespace in KERNELS and not func._schema.returns
-        result = None if skipped else func(*args, **(kwargs or {}))
+        result = None if skipped else result_of(func, args, kwargs or {})
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 number = self._see(tensor, self.phase)
-                if packet in REDUCTIONS and self._is_of_mask(func, args[0]):
-                    self._unsure.add(number)
+                if self._padding and tensor.dim() <= 2 and self._is_of_padding(args):
+                    self._padding.add(number)
         if (skipped or packet in WORKSPACE) and (extra := workspace(packet, args, on_cuda=self.on_cuda)):
             self._spike(extra)
         return result
@@ -123,6 +123,11 @@ class Tracker(TorchDispatchMode):
         """Say what a tensor's storage is for, from its beginning; one that is not known yet counts from now on."""
         if isinstance(tensor, Tensor) and tensor.device.type == "meta":
             self._labels[self._see(tensor, label)] = label
+
+    def pad(self, mask: Tensor | None) -> None:
+        """Say that a tensor is the mask of a batch's padding, which is not set everywhere."""
+        if mask is not None:
+            self._padding.add(self._see(mask, self.phase))
 
     def mark(self, *name: object) -> None:
         """Begin a new part; a name may come several times."""
@@ -146,11 +151,9 @@ class Tracker(TorchDispatchMode):
             found.append(Peak(name, best))
         return found
 
-    def _is_of_mask(self, func, tensor: Tensor) -> bool:
-        """Whether an op asks if all of a mask of rows and positions is set: batches that have one are padded."""
-        if func is _aten.eq.Scalar:
-            return self._see(tensor, self.phase) in self._unsure
-        return tensor.dim() == 2 and tensor.dtype == torch.bool and func in (_aten.all.default, _aten.sum.default)
+    def _is_of_padding(self, args: tuple) -> bool:
+        """Whether an op reads a mask of padding: a copy of it, its sum, or a flag that all of it is set."""
+        return bool(args) and isinstance(args[0], Tensor) and self._see(args[0], self.phase) in self._padding
 
     def _apply(self, held: dict[str, int], event: int) -> int:
         number = event if event >= 0 else ~event

@@ -49,9 +49,13 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     console.note(f"{console.human_count(parameters)} parameters, {str(dtype).removeprefix('torch.')}")
     if budget is not None:
-        memory.check(
-            found.total, budget, config, lambda other: Description(other, architecture(other)).estimate().total
-        )
+        # what makes a run smaller leaves its tokenizer, which takes a while to read
+        entries = description.architecture.vocab_size
+
+        def estimated(other: RunConfig, limit: int | None = None) -> int:
+            return Description(other, architecture(other, entries)).estimate(limit).total
+
+        memory.check(found.total, budget, config, estimated, partial(estimated, limit=budget), found.kept)
     return {"parameters": parameters} | memory.as_json(found, paper)
 
 
@@ -85,8 +89,8 @@ class Description:
         place = Place.here()
         self.world_size = place.world_size if place else config.train.nproc
 
-    def estimate(self) -> memory.Estimate:
-        """The estimate of one process."""
+    def estimate(self, limit: int | None = None) -> memory.Estimate:
+        """The estimate of one process; with a limit in bytes, no further than it takes to be over it."""
         parts = [methods.get(name)(part) for name, part in self.config.methods.items()]
         for part in parts:
             part.command = self.config.command
@@ -96,6 +100,7 @@ class Description:
             world_size=self.world_size,
             parallel=self.config.train.parallel,
             adapter=adapter_of(parts) is not None,
+            limit=limit,
         )
 
     def run(self) -> memory.Run:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from lowrank_cli import memory
-from lowrank_cli.errors import PreflightError
+from lowrank_cli.config import resolve
+from lowrank_cli.errors import MissingError, PreflightError
 from lowrank_cli.memory import tracker
+from lowrank_cli.memory.budget import Search
 from lowrank_cli.memory.estimate import sharded
+from lowrank_cli.memory.knobs import KNOBS
 from lowrank_cli.train import dry
 from lowrank_cli.train.dry import Description
 
@@ -41,7 +46,7 @@ def test_finetune_has_a_dry_run_from_the_configuration_alone(lowrank, base):
 
 
 def test_a_budget_that_is_too_small_names_what_fits(lowrank, tiny_config):
-    line = f"pretrain --model-config {tiny_config} --vocab-size 512 --batch-size 8 --memory-budget 3MB"
+    line = f"pretrain --model-config {tiny_config} --vocab-size 512 --memory-budget 3MB"
     code, out, err = lowrank(line)
     assert (code, out) == (3, "")
     error, _, hint = err.partition("hint: ")
@@ -66,13 +71,15 @@ def size(config) -> int:
     return 2**20 * sum(parts)
 
 
-def test_cheap_knobs_come_first_and_end_when_it_fits(pretraining, capsys):
+def test_cheap_knobs_come_first_and_no_knob_is_turned_in_vain(pretraining):
     config = pretraining(batch_size=8, dtype="float32")
     for budget, wanted in [
         (33, "--per-layer"),
         (30, "--per-layer --batch-size 4 --total-batch-size 8"),
         (20, "--per-layer --batch-size 1 --total-batch-size 8"),
-        (16, "--per-layer --batch-size 1 --total-batch-size 8 --activation-checkpointing --optimizer adamw8bit"),
+        (18, "--per-layer --batch-size 1 --total-batch-size 8 --activation-checkpointing"),
+        # recomputing activations would not be enough, and with 8 bits it is not needed
+        (16, "--per-layer --batch-size 2 --total-batch-size 8 --optimizer adamw8bit"),
     ]:
         with pytest.raises(PreflightError) as caught:
             memory.check(size(config), budget * 2**20, config, size)
@@ -80,6 +87,82 @@ def test_cheap_knobs_come_first_and_end_when_it_fits(pretraining, capsys):
     with pytest.raises(PreflightError) as caught:
         memory.check(size(config), 1, config, size)
     assert caught.value.hint.startswith("take a smaller --model; it is 7.0 MiB even with: --per-layer")
+
+
+def entangled(config) -> int:
+    """A stand-in in which three knobs help or harm as the others stand."""
+    batch, recomputed = config.train.batch_size, config.model.activation_checkpointing
+    accumulated = batch < (config.train.total_batch_size or batch)
+    gradients = 16 + 4 * accumulated if not config.optim.per_layer else 24 if accumulated else 2
+    activations = batch * config.data.max_length // (64 if not recomputed else 256)
+    factors = 3 if recomputed else -activations // 2
+    return (
+        (8 if config.model.dtype == "float32" else 4)
+        + (8 if config.optim.optimizer == "adamw" else 1 + 9 * config.optim.per_layer)
+        + gradients + activations + (factors if "velora" in config.method else 0)
+        - (1 if "galore" in config.method else 0)
+    )  # fmt: skip
+
+
+def test_a_plan_is_found_whenever_there_is_one_and_it_is_the_cheapest(pretraining):
+    config = pretraining(batch_size=4, dtype="float32")
+    search = Search(config, 0, entangled)
+    far = [len(knob.steps(config, config.flat())) for knob in KNOBS]
+    plans = [search.plan(wanted) for wanted in product(*(range(steps + 1) for steps in far))]
+    sizes = {plan.turned: entangled(plan.config) for plan in plans}
+    assert len(sizes) > 300
+    for budget in range(min(sizes.values()) - 1, max(sizes.values())):
+        fitting = [turned for turned, held in sizes.items() if held <= budget]
+        counted = []
+        found = Search(config, budget, lambda c, counted=counted: counted.append(c) or entangled(c)).cheapest()
+        # the costliest knob decides, then the next
+        assert (found and found.turned) == min(fitting, key=lambda turned: turned[::-1], default=None)
+        assert len(counted) < len(sizes) / 4
+
+
+def test_what_the_command_refuses_is_never_proposed(finetuning):
+    config = finetuning(method="vblora", dtype="float32")
+    search = Search(config, 0, lambda config: 1)
+    assert search.cheapest() is None
+    assert search.sizes
+    for turned in search.sizes:
+        plan = search.plan(turned)
+        # its factors come from one bank, so no gradient is whole before the last one
+        assert "--per-layer" not in plan.typed
+        assert resolve("finetune", {k: v for k, v in plan.config.flat().items() if not isinstance(v, dict)}, {})
+    clipped = finetuning(method="full", grad_clipping=1.0)
+    search = Search(clipped, 0, lambda config: 1)
+    search.cheapest()
+    # clipping waits for the norm of all gradients, and only an adapter's base can be in 4 bits
+    assert not any("--per-layer" in search.plan(turned).typed for turned in search.sizes)
+    assert not any(
+        "nf4" in search.plan(turned).typed and "lora" not in search.plan(turned).typed for turned in search.sizes
+    )
+
+
+def test_a_package_that_is_not_there_is_not_proposed(pretraining):
+    def without_bitsandbytes(config) -> int:
+        if config.optim.optimizer == "adamw8bit":
+            raise MissingError("--optimizer adamw8bit needs bitsandbytes", "pip install bitsandbytes")
+        return size(config)
+
+    config = pretraining(batch_size=1, dtype="float32")
+    found = Search(config, 15 * 2**20, without_bitsandbytes).cheapest()
+    assert found.typed == "--per-layer --dtype bfloat16"
+
+
+def test_a_7b_model_in_24_gb_has_a_plan_that_fits(lowrank):
+    line = "pretrain --method galore --model llama-7b --dtype bfloat16"
+    began = time.process_time()
+    code, _, err = lowrank(f"{line} --memory-budget 24GB")
+    assert time.process_time() - began < 20
+    assert code == 3
+    flags = err.partition("hint: ")[2].partition(" with: ")[2].strip()
+    # 28 GiB or more with any two of them
+    assert flags == "--per-layer --activation-checkpointing --optimizer adamw8bit"
+    code, out, err = lowrank(f"{line} --memory-budget 24GB {flags} --dry-run --json")
+    assert code == 0, err
+    assert json.loads(out)["total_bytes"] <= 24 * 2**30
 
 
 def test_what_fits_is_no_error(pretraining):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from lowrank_cli.memory.shapes import result_of
 from lowrank_cli.memory.tracker import TEMPORARY, Tracker
 
 
@@ -106,3 +107,38 @@ def test_cuda_allocations_are_rounded_up():
         kept = [torch.empty(1, device="meta"), torch.empty(129, device="meta")]
     assert tracker.peaks()[0].total == 512 + 1024
     del kept
+
+
+def test_a_result_is_made_again_only_where_it_is_a_new_tensor():
+    x = torch.empty(6, 4, device="meta")
+    ops = torch.ops.aten
+    calls = [
+        (ops.mul.Tensor, (x, x)), (ops.mm.default, (x, x.mT)), (ops.t.default, (x,)), (ops.view.default, (x, [24])),
+        (ops._to_copy.default, (x,), {"dtype": torch.bfloat16}), (ops.clone.default, (x.mT,)),
+        (ops.native_layer_norm.default, (x, [4], None, None, 1e-5)), (ops.sum.dim_IntList, (x, [0], True)),
+        (ops.add.Tensor, (x, 1)), (ops.add.Tensor, (x, 1.0)), (ops.eq.Scalar, (x, True)),
+    ]  # fmt: skip
+    for func, args, *more in calls:
+        expected = func(*args, **(more[0] if more else {}))
+        for _ in range(2):
+            found = result_of(func, args, more[0] if more else {})
+            pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+            for one, other in pairs:
+                assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+                assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
+        if func in (ops.t.default, ops.view.default):
+            assert found.untyped_storage()._cdata == x.untyped_storage()._cdata
+    # values are read, not remembered
+    for value in (1.0, 2.0):
+        assert result_of(ops.mul.Tensor, (torch.tensor(value), 3), {}).item() == 3 * value
+
+
+def test_a_mask_of_padding_is_not_all_set_and_other_flags_are():
+    mask, grad = torch.empty(2, 5, dtype=torch.int64, device="meta"), torch.empty(2, 5, device="meta")
+    tracker = Tracker()
+    with tracker:
+        tracker.pad(mask)
+        assert not mask.all()
+        assert not mask.to(torch.bool)[:, :3].all()
+        assert grad.isfinite().all()
+        assert (grad == grad).all()
