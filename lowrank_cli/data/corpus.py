@@ -11,6 +11,7 @@ import numpy as np
 from lowrank_cli.data.cache import cached_folder, fingerprint
 from lowrank_cli.data.documents import Source
 from lowrank_cli.data.rows import Encoder, Row, document_batches
+from lowrank_cli.foreign import read_json
 
 STATUS_EVERY_S = 10.0
 
@@ -25,7 +26,7 @@ class Corpus:
     """
 
     def __init__(self, folder: Path, packing: str, max_length: int):
-        about = json.loads((folder / "about.json").read_text())
+        about = read_json(folder / "about.json")
         self.documents, self.tokens, self.digest = about["documents"], about["tokens"], about["digest"]
         self.packing, self.max_length = packing, max_length
         self._ids = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")  # (tokens,)

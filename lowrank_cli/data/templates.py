@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_cli.foreign import read_yaml
 from lowrank_cli.data.conversations import SAID, Chat, Record
 from lowrank_cli.errors import MissingError, UsageError, unknown
+from lowrank_cli.foreign import read_yaml
 
 FOLDER = Path(__file__).parent / "templates"
 CHAT = "chat"
