@@ -10,9 +10,7 @@ from typing import Any
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
-
-PPL = "ppl"
-MT_BENCH = "mt-bench"
+from lowrank_cli.evaluate.names import MT_BENCH, PPL, check
 
 
 def names_of(text: str | None) -> list[str]:
@@ -42,11 +40,12 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
     if offline:
         # before the libraries are imported, which read them once
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    names = names_of(settings.tasks)
+    check(names)
     console.quiet_libraries()
     from lowrank_cli.evaluate import harness, mt_bench, tasks, text_perplexity
     from lowrank_cli.evaluate.subject import open_subject, result_folder
 
-    names = names_of(settings.tasks)
     batch_size = harness.batch_size_of(settings.batch_size)
     plain = [name for name in names if name not in (PPL, MT_BENCH)]
     loaded = {

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
 
 from lowrank_cli import console
-from lowrank_cli.data.cache import cached_folder, fingerprint
 from lowrank_cli.errors import LowrankError, MissingError, UsageError
 from lowrank_cli.evaluate import local_tasks
+from lowrank_cli.evaluate.names import check, unknown_task
 from lowrank_cli.evaluate.silence import quiet
 from lowrank_cli.evaluate.suites import DEFAULT_SHOTS, SUITES, is_mmlu
 
@@ -78,8 +75,8 @@ def load(names: list[str], data_dir: str | None, *, offline: bool, num_fewshot: 
                 + (f", and {data_dir} does not have it" if data_dir else ""),
                 "give the folder that holds it: --data-dir FOLDER",
             )
-        elif name not in SUITES and not is_mmlu(name) and name not in (known := all_names()):
-            raise unknown_task(name, known)
+        else:
+            check([name])
     hub = _manager([name for name in names if name not in local])
     loaded = []
     for name in names:
@@ -89,7 +86,8 @@ def load(names: list[str], data_dir: str | None, *, offline: bool, num_fewshot: 
         task = local.get(name) or task_of(name)
         if name in SUITES and SUITES[name].note and name in local:
             console.note(f"{name}: {SUITES[name].note}")
-        content = _content(manager, name, task, data_dir, offline)
+        files = data_dir if name in local else None
+        content = _content(manager, name, task, files, data_dir, offline)
         fixed = [part for part in content["tasks"].values() if part.get_config("num_fewshot") == 0]
         if num_fewshot and fixed:
             kept = f"{len(fixed)} of its tasks" if len(fixed) < len(content["tasks"]) else name
@@ -123,28 +121,10 @@ def task_of(name: str) -> str:
     return SUITES[name].task if name in SUITES and SUITES[name].task else name
 
 
-def all_names() -> set[str]:
-    """Every name of lm-eval's; read from all of its files once for each version."""
-
-    def make(folder: Path) -> None:
-        (folder / "names.json").write_text(json.dumps(TaskManager().all_tasks), encoding="utf-8")
-
-    folder = cached_folder("eval-names", fingerprint(metadata.version("lm_eval")), make)
-    return set(json.loads((folder / "names.json").read_text(encoding="utf-8")))
-
-
-def unknown_task(name: str, known) -> UsageError:
-    """The error for a name that nobody knows, with those that it may have meant."""
-    near = get_close_matches(name, [*SUITES, "mmlu", "ppl", "mt-bench"], n=2, cutoff=0.6)
-    near += [n for n in get_close_matches(name, sorted(known), n=4, cutoff=0.6) if n not in near]
-    start = f"did you mean {' or '.join(near[:4])}? " if near else ""
-    return UsageError(
-        f"unknown task '{name}'",
-        f"{start}here: mmlu, ppl, mt-bench, {', '.join(sorted(SUITES))}, and every task of lm-eval by its own name",
-    )
-
-
-def _content(manager: TaskManager, name: str, task: str, data_dir: str | None, offline: bool) -> dict[str, Any]:
+def _content(
+    manager: TaskManager, name: str, task: str, files: str | None, data_dir: str | None, offline: bool
+) -> dict[str, Any]:
+    """Load a task with its data, from the folder `files` or else from the hub."""
     try:
         with quiet():
             return manager.load([task])
@@ -152,8 +132,10 @@ def _content(manager: TaskManager, name: str, task: str, data_dir: str | None, o
         raise
     except ImportError as error:
         raise MissingError(f"{name} needs a package: {error}", f"pip install {error.name or 'it'}") from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if files is not None:
+            raise UsageError(f"the files of {name} in {files} cannot be read: {reason}", "get them again") from error
         hub = HUB_IDS.get(name) or ("cais/mmlu" if is_mmlu(name) else "its data set")
         where = f"{data_dir} has no files of {name}, and " if data_dir else ""
         missing = "the hub is not asked offline" if offline else f"the hub did not give it: {reason}"

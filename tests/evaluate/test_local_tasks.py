@@ -1,12 +1,14 @@
 """Local files give the requests that lm-eval's own tasks give on the hub's records, and broken files are named."""
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
 from lowrank_cli.errors import MissingError, UsageError
-from lowrank_cli.evaluate import local_tasks, tasks
+from lowrank_cli.evaluate import local_tasks, published, tasks
 
 BIGBENCH = {
     "strategyqa": ("StrategyQA", "bigbench_strategyqa_multiple_choice", 0.7, "Q: "),
@@ -249,3 +251,26 @@ def test_broken_records_are_named(name, file, text, said, tmp_path):
         path.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=said):
         ours(name, tmp_path)
+
+
+def test_an_error_while_local_files_are_read_is_not_missing_data(test_data, monkeypatch):
+    def broken(files):
+        raise ValueError("odd bytes")
+
+    monkeypatch.setattr(published, "gsm8k", broken)
+    with pytest.raises(UsageError, match="the files of gsm8k in .* cannot be read: odd bytes"):
+        ours("gsm8k", test_data)
+
+
+def test_a_mistyped_name_is_said_before_the_libraries_are_imported():
+    script = (
+        "import sys\n"
+        "from lowrank_cli.errors import UsageError\n"
+        "from lowrank_cli.evaluate import names, session\n"
+        "names.all_names = lambda: {'hellaswag'}\n"
+        "names.check(['hellaswag', 'ppl', 'mmlu', 'gsm8k'])\n"
+        "try:\n    names.check(['hellaswg'])\n"
+        "except UsageError as error:\n    assert 'did you mean hellaswag' in error.hint\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'lm_eval')))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
