@@ -9,7 +9,7 @@ from itertools import product
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import LowrankError, PreflightError
-from lowrank_cli.memory.knobs import KNOBS, SAME, configured
+from lowrank_cli.memory.knobs import KNOBS, OTHER, SAME, configured
 
 FARTHEST = 1 << 30
 
@@ -39,7 +39,7 @@ def check(
     budget: int,
     config: RunConfig,
     reestimate: Callable[[RunConfig], int],
-    bound: Callable[[RunConfig], int] | None = None,
+    bound: Callable[[RunConfig], tuple[int, int]] | None = None,
     kept: int = 0,
 ) -> None:
     """Compare an estimate with the budget.
@@ -49,14 +49,15 @@ def check(
         budget: bytes that the run may take.
         config: of the run.
         reestimate: the estimate of another configuration.
-        bound: the same where it is within the budget; elsewhere a number over the budget, which is quicker to have.
-        kept: bytes that the run holds however it comes to the same updates.
+        bound: the same where it is within the budget, elsewhere a number over the budget, which is quicker to have;
+            and bytes that the configuration keeps however it comes to the same updates.
+        kept: these of the run itself.
     Raises:
         PreflightError: it is over the budget; with the settings that would make it fit.
     """
     if total <= budget:
         return
-    search = Search(config, budget, bound or reestimate, kept)
+    search = Search(config, budget, bound or (lambda other: (reestimate(other), 0)), kept)
     plan = search.cheapest()
     over = f"the estimate of {console.human_bytes(total)} is over the budget of {console.human_bytes(budget)}"
     if plan is not None:
@@ -85,17 +86,23 @@ class Search:
 
     A set of plans with a limit for each knob has one that fits if and only if one of its corners does: every knob is
     turned as far as the limit, or, if it tries both ends, not at all. A misfit rules out all plans that turn the knobs
-    less far and those with two ends alike. So a plan is found whenever there is one, with few estimates.
+    less far and those with two ends alike, and where it keeps too much between updates, all that differ in SAME alone.
+    So a plan is found whenever there is one, with few estimates.
 
     Args:
         config: the run.
         budget: bytes that it may take.
-        estimate: of a configuration, in bytes; any number over the budget will do for one that is over it.
-        kept: bytes that no knob of SAME takes away.
+        estimate: of a configuration, in bytes; any number over the budget will do for one that is over it. And bytes
+            that no knob of SAME takes away.
+        kept: these of the run.
     """
 
-    def __init__(self, config: RunConfig, budget: int, estimate: Callable[[RunConfig], int], kept: int = 0):
-        self.config, self.budget, self.estimate, self.kept = config, budget, estimate, kept
+    def __init__(
+        self, config: RunConfig, budget: int, estimate: Callable[[RunConfig], tuple[int, int]], kept: int = 0
+    ):
+        self.config, self.budget, self.estimate = config, budget, estimate
+        # what is kept, by the turns of OTHER
+        self.kept: dict[tuple[int, ...], int] = {(0,) * len(OTHER): kept}
         # by the turns of plans; None where the command refuses one after all
         self.sizes: dict[tuple[int, ...], int | None] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
@@ -187,7 +194,7 @@ class Search:
             if self._is_ruled_out(plan.turned):
                 return False
             try:
-                self.sizes[plan.turned] = self.estimate(plan.config)
+                self.sizes[plan.turned], self.kept[plan.turned[len(SAME) :]] = self.estimate(plan.config)
             except (LowrankError, ImportError):
                 # such as for want of a package
                 self.sizes[plan.turned] = None
@@ -196,7 +203,7 @@ class Search:
 
     def _is_ruled_out(self, turned: tuple[int, ...]) -> bool:
         """Whether a misfit turns all knobs at least as far, and those with two ends alike."""
-        if self.kept > self.budget and not any(turned[len(SAME) :]):
+        if self.kept.get(turned[len(SAME) :], 0) > self.budget:
             return True
         return any(
             size is not None

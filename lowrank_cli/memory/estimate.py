@@ -60,7 +60,7 @@ class Estimate:
 
     @property
     def kept(self) -> int:
-        """Bytes of weights, moments and bases after the last update: what is held between updates."""
+        """Bytes of weights, moments and bases in the last step: what is held between updates, or less."""
         return round(self.parts[-1].bytes_by_label[WEIGHTS]) + self.optimizer_states
 
     def most(self, label: str) -> int:

@@ -52,10 +52,14 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
         # what makes a run smaller leaves its tokenizer, which takes a while to read
         entries = description.architecture.vocab_size
 
-        def estimated(other: RunConfig, limit: int | None = None) -> int:
-            return Description(other, architecture(other, entries)).estimate(limit).total
+        def estimated(other: RunConfig, limit: int | None = None) -> memory.Estimate:
+            return Description(other, architecture(other, entries)).estimate(limit)
 
-        memory.check(found.total, budget, config, estimated, partial(estimated, limit=budget), found.kept)
+        def bound(other: RunConfig) -> tuple[int, int]:
+            part = estimated(other, budget)
+            return part.total, part.kept
+
+        memory.check(found.total, budget, config, lambda other: estimated(other).total, bound, found.kept)
     return {"parameters": parameters} | memory.as_json(found, paper)
 
 

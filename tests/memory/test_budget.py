@@ -106,7 +106,7 @@ def entangled(config) -> int:
 
 def test_a_plan_is_found_whenever_there_is_one_and_it_is_the_cheapest(pretraining):
     config = pretraining(batch_size=4, dtype="float32")
-    search = Search(config, 0, entangled)
+    search = Search(config, 0, lambda config: (entangled(config), 0))
     far = [len(knob.steps(config, config.flat())) for knob in KNOBS]
     plans = [search.plan(wanted) for wanted in product(*(range(steps + 1) for steps in far))]
     sizes = {plan.turned: entangled(plan.config) for plan in plans}
@@ -114,15 +114,30 @@ def test_a_plan_is_found_whenever_there_is_one_and_it_is_the_cheapest(pretrainin
     for budget in range(min(sizes.values()) - 1, max(sizes.values())):
         fitting = [turned for turned, held in sizes.items() if held <= budget]
         counted = []
-        found = Search(config, budget, lambda c, counted=counted: counted.append(c) or entangled(c)).cheapest()
+        found = Search(config, budget, lambda c, counted=counted: counted.append(c) or (entangled(c), 0)).cheapest()
         # the costliest knob decides, then the next
         assert (found and found.turned) == min(fitting, key=lambda turned: turned[::-1], default=None)
         assert len(counted) < len(sizes) / 4
 
 
+def test_what_is_kept_between_updates_rules_out_all_plans_with_the_same_updates(pretraining):
+    counted = []
+
+    def estimate(config) -> tuple[int, int]:
+        counted.append(config)
+        kept = 100 if config.model.dtype == "float32" else 10
+        return kept + config.train.batch_size, kept
+
+    found = Search(pretraining(batch_size=4, dtype="float32"), 12, estimate, kept=100).cheapest()
+    assert found.typed == "--batch-size 2 --total-batch-size 4 --dtype bfloat16"
+    other = [config for config in counted if config.model.dtype == "float32"]
+    # one for each choice of an optimizer and a method
+    assert len({(config.method, config.optim.optimizer) for config in other}) == len(other)
+
+
 def test_what_the_command_refuses_is_never_proposed(finetuning):
     config = finetuning(method="vblora", dtype="float32")
-    search = Search(config, 0, lambda config: 1)
+    search = Search(config, 0, lambda config: (1, 0))
     assert search.cheapest() is None
     assert search.sizes
     for turned in search.sizes:
@@ -131,7 +146,7 @@ def test_what_the_command_refuses_is_never_proposed(finetuning):
         assert "--per-layer" not in plan.typed
         assert resolve("finetune", {k: v for k, v in plan.config.flat().items() if not isinstance(v, dict)}, {})
     clipped = finetuning(method="full", grad_clipping=1.0)
-    search = Search(clipped, 0, lambda config: 1)
+    search = Search(clipped, 0, lambda config: (1, 0))
     search.cheapest()
     # clipping waits for the norm of all gradients, and only an adapter's base can be in 4 bits
     assert not any("--per-layer" in search.plan(turned).typed for turned in search.sizes)
@@ -141,10 +156,10 @@ def test_what_the_command_refuses_is_never_proposed(finetuning):
 
 
 def test_a_package_that_is_not_there_is_not_proposed(pretraining):
-    def without_bitsandbytes(config) -> int:
+    def without_bitsandbytes(config) -> tuple[int, int]:
         if config.optim.optimizer == "adamw8bit":
             raise MissingError("--optimizer adamw8bit needs bitsandbytes", "pip install bitsandbytes")
-        return size(config)
+        return size(config), 0
 
     config = pretraining(batch_size=1, dtype="float32")
     found = Search(config, 15 * 2**20, without_bitsandbytes).cheapest()
