@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lowrank_cli import config, console, options
 from lowrank_cli.config import Call, RunConfig
+from lowrank_cli.strict_json import dumps
 
 HELP = """Evaluate a model with lm-eval: mmlu, gsm8k, wikitext, boolq ..., or its perplexity on a text: ppl.
 
@@ -25,7 +25,7 @@ def evaluate(given, method_given, call: Call) -> None:
     if call.print_config:
         import yaml
 
-        print(yaml.safe_dump(resolved.flat(), sort_keys=False), end="")
+        console.output(yaml.safe_dump(resolved.flat(), sort_keys=False).rstrip())
         return
     if resolved.harness.compare:
         compare(resolved, call)
@@ -35,15 +35,15 @@ def evaluate(given, method_given, call: Call) -> None:
 
     if call.dry_run:
         plan = session.plan(resolved)
-        print(json.dumps(plan) if call.json else "\n".join(f"{key}: {value}" for key, value in plan.items()))
+        console.output(dumps(plan) if call.json else "\n".join(f"{key}: {value}" for key, value in plan.items()))
         return
     results = []
     for result, path in session.run(resolved, call.out):
         results.append({**result, "file": str(path)})
         if not call.json:
-            print(summary(result, verbose=call.verbose), flush=True)
+            console.output(summary(result, verbose=call.verbose))
     if call.json:
-        print(json.dumps({"results": results}))
+        console.output(dumps({"results": results}))
 
 
 def compare(resolved: RunConfig, call: Call) -> None:
@@ -52,7 +52,7 @@ def compare(resolved: RunConfig, call: Call) -> None:
     from lowrank_cli.evaluate.session import names_of
 
     runs = comparison.read(names_of(resolved.harness.tasks))
-    print(json.dumps({"runs": runs}) if call.json else comparison.table(runs))
+    console.output(dumps({"runs": runs}) if call.json else comparison.table(runs))
     if resolved.harness.picture:
         comparison.draw(runs, Path(resolved.harness.picture))
         console.note(f"picture {resolved.harness.picture}")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
-
-from lowrank_cli.commands.compress import recorded
 
 from lowrank_cli import config, console, options
 from lowrank_cli.config import Call
-from lowrank_cli.run import RunDir
+from lowrank_cli.strict_json import dumps
 
 HELP = """Write the singular values of every linear of a model, and of its gradients with --gradients.
 
@@ -23,23 +20,23 @@ def register(app, argv) -> None:
 
 def svd_dump(given: dict[str, Any], method_given: dict[str, dict[str, Any]], call: Call) -> None:
     """Dump and say where."""
-    from lowrank_cli.commands.training import to_yaml
+    from lowrank_cli.config import to_yaml
 
     console.set_level(console.QUIET if call.quiet else console.VERBOSE if call.verbose else console.NORMAL)
     resolved = config.resolve("svd-dump", given, method_given, config_file=call.config)
     if call.print_config:
-        print(to_yaml(resolved), end="")
+        console.output(to_yaml(resolved).rstrip())
         return
-    RunDir.check(call.out)
+    from lowrank_cli.compress import folder
     from lowrank_cli.compress import svd_dump as dump
+
+    folder.check(call.out, "svd-dump")
 
     dumped = dump.prepare(resolved)
     if call.dry_run:
         console.table("Linears", ["name", "shape"], [[n, f"{m} x {k}"] for n, (m, k) in dumped.reader.shapes.items()])
         if call.json:
-            print(json.dumps({"linears": dumped.reader.shapes}))
+            console.output(dumps({"linears": dumped.reader.shapes}))
         return
-    folder = RunDir.create(call.out, "svd-dump")
-    (folder.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
-    result = recorded(folder, resolved, lambda: dump.run(dumped, folder))
-    print(json.dumps(result) if call.json else dump.summary(result))
+    result = folder.recorded(call.out, "svd-dump", resolved, to_yaml(resolved), lambda place: dump.run(dumped, place))
+    console.output(dumps(result) if call.json else dump.summary(result))

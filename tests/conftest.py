@@ -149,6 +149,26 @@ def tiny_flags(news, tiny_config) -> list[str]:
     ]
 
 
+def settled(line: list[str], more: list[str]) -> list[str]:
+    """Return a command line with the flags of a fixture in it: an option that stands again later is left out before.
+
+    The command itself refuses an option with two values.
+    """
+    if not more:
+        return line
+    argv, last = [*line, *more], {}
+    for i, word in enumerate(argv):
+        if word.startswith("--"):
+            last[word.partition("=")[0]] = i
+    kept, dropping = [], False
+    for i, word in enumerate(argv):
+        if word.startswith("--"):
+            dropping = last[word.partition("=")[0]] != i
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
 @pytest.fixture
 def lowrank(tmp_path, monkeypatch, capsys):
     """Run the command in this process, in a folder of its own: returns its exit code, stdout and stderr.
@@ -163,7 +183,7 @@ def lowrank(tmp_path, monkeypatch, capsys):
 
     def call(line: str = "", *more: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = main([*shlex.split(line), *map(str, more)])
+        code = main(settled(shlex.split(line), [*map(str, more)]))
         console.log_to(None)
         console.set_level(console.NORMAL)
         out = capsys.readouterr()
@@ -179,7 +199,7 @@ def process(tmp_path):
 
     def start(line: str, *more: object, **env: str) -> subprocess.Popen:
         child = subprocess.Popen(
-            [sys.executable, "-m", "lowrank_cli", *shlex.split(line), *map(str, more)],
+            [sys.executable, "-m", "lowrank_cli", *settled(shlex.split(line), [*map(str, more)])],
             cwd=tmp_path,
             text=True,
             stdout=subprocess.PIPE,
@@ -215,7 +235,7 @@ def ranks(pool, tmp_path):
     """
 
     def call(n: int, line: str = "", *argv: object, code: int = 0, **more) -> list:
-        results = pool.run(*[[*shlex.split(line), *argv]] * n, folder=tmp_path, **more)
+        results = pool.run(*[settled(shlex.split(line), [*map(str, argv)])] * n, folder=tmp_path, **more)
         assert [r.code for r in results] == [code] * n, [r.err for r in results]
         return results
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lowrank_cli.compress.progress import progress
@@ -71,7 +70,7 @@ def find_targets(model: nn.Module) -> Targets:
     """Attention and feed-forward linears of every layer, but those that share their weight with another module.
 
     Args:
-        model: any; on the meta device no weight is looked at.
+        model: any, on the meta device too.
     Raises:
         UsageError: the model has none, or is compressed already.
     """
@@ -90,7 +89,6 @@ def find_targets(model: nn.Module) -> Targets:
             linears[name] = module
     if not linears:
         raise UsageError("the model has no linear that can be compressed", "take a decoder such as llama or gpt2")
-    check_finite(linears)
     return Targets(linears, skipped)
 
 
@@ -99,15 +97,6 @@ def already_compressed() -> UsageError:
     return UsageError(
         "the model is compressed already", "give the one that it was made from, or merge it: --format dense"
     )
-
-
-def check_finite(linears: Mapping[str, nn.Module]) -> None:
-    """Raises UsageError naming the first weight with a value that is not finite."""
-    for name, module in linears.items():
-        if not module.weight.is_meta and not bool(torch.isfinite(module.weight).all()):
-            raise UsageError(
-                f"{name}.weight holds a value that is not finite", "the model is broken: load a sound copy of it"
-            )
 
 
 def decompose_all(

@@ -1,51 +1,33 @@
-"""Files of weights to read, and of singular values: ours, and the layout that WeLore's authors published."""
+"""Files of singular values: ours, and the layout that WeLore's authors published."""
 
 from __future__ import annotations
 
 import csv
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from lowrank_cli import foreign
 from lowrank_cli.compress.pictures import place_of
-from lowrank_cli.errors import LowrankError, MissingError, UsageError
+from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.svd.spectrum import effective_rank
 
 VALUES = "singular_values.safetensors"
 PUBLISHED = "singular_values.pt"
+GIVE = "give the folder of an svd-dump, or a .pt file of tensors {layer: {name: values}}"
 COLUMNS = ("name", "layer", "kind", "out", "in", "rank", "largest", "smallest", "effective_rank", "rank_of_90_percent")
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file of a model, open to read.
-
-    Raises:
-        LowrankError: it is damaged, or cannot be read.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise LowrankError(f"{path} is damaged: {' '.join(str(error).split())}", "copy or save it again") from None
-    except OSError as error:
-        # safetensors gives no errno
-        reason = error.strerror or ("it is not there" if isinstance(error, FileNotFoundError) else str(error))
-        raise LowrankError(f"{path} cannot be read: {reason}", "copy or save the model again") from None
 
 
 def write_spectra(
     folder: Path, values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], stem: str = "singular_values"
 ) -> None:
     """STEM.safetensors with every value, and STEM.csv with a line for each linear."""
-    save_file({name: v.float().contiguous() for name, v in values.items()}, folder / f"{stem}.safetensors")
+    content = save({name: v.float().contiguous() for name, v in values.items()})
+    (folder / f"{stem}.safetensors").write_bytes(content)
     with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -88,13 +70,9 @@ def read_spectra(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
     file = path / VALUES if path.is_dir() else path
     if not file.is_file():
         raise MissingError(f"no singular values at {file}", "make them: lowrank svd-dump")
-    try:
-        found = load_file(file) if file.suffix == ".safetensors" else published(file)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(
-            f"{file} is no file of singular values: {str(error).splitlines()[0][:150]}",
-            "give the folder of an svd-dump, or a .pt file of tensors {layer: {name: values}}",
-        ) from None
+    with foreign.reading(file, "singular values", GIVE):
+        read = foreign.read_tensors(file, hint=GIVE) if file.suffix == ".safetensors" else published(file)
+        found = {name: v.double().flatten() for name, v in read.items()}
     by_place = {place_of(name): v for name, v in found.items()}
     values = {}
     for name, (m, n) in shapes.items():
@@ -107,7 +85,7 @@ def read_spectra(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
             )
         if not bool(torch.isfinite(v).all()) or bool((v < 0).any()):
             raise UsageError(f"{file} holds impossible singular values for {name}", "make the file again")
-        values[name] = v.double().flatten().sort(descending=True).values
+        values[name] = v.sort(descending=True).values
     return values
 
 
@@ -117,7 +95,7 @@ def published(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: another layout.
     """
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    content = foreign.read_pickle(file, GIVE)
     if not isinstance(content, dict):
         raise ValueError("it holds no mapping of layers")
     found = {}

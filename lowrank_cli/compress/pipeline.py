@@ -21,9 +21,11 @@ from lowrank_cli.compress.decomposition import Store, Targets, decompose_all
 from lowrank_cli.compress.preparation import Job, stored_dtype
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.svd_dump import cached_values
+from lowrank_cli.errors import LowrankError
 from lowrank_cli.evaluate.perplexity import perplexity
 from lowrank_cli.models.lowrank_linear import low_rank_linears, replace_linear, weight_of
 from lowrank_cli.models.lowrank_quantizer import densify, mark
+from lowrank_cli.ops.finite import first_non_finite
 from lowrank_cli.run import RunDir
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
 from lowrank_cli.svd.spectrum import decompose
@@ -73,6 +75,8 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
         densify(model)
     elif low_rank_linears(model):
         mark(model, {"details": report.details(result)})
+    if broken := first_non_finite(model.named_parameters()):
+        raise LowrankError(f"{broken} came out with a value that is not finite", "take --dtype float32")
     after = measure(model, job.measuring)
     for key in before:
         result[f"{key}_before"], result[f"{key}_after"] = before[key], after[key]
@@ -101,7 +105,7 @@ def spectra_of(job: Job, store: Store) -> tuple[Spectra, Spectra]:
     if job.weighting == "none" or (part.reads_own_values and not job.given):
         with progress("singular values", len(linears)) as advance:
             for name, module in linears.items():
-                own[name] = cached_values(name, weight_of(module))
+                own[name] = cached_values(weight_of(module))
                 advance()
     weighted = own
     if job.weighting != "none":

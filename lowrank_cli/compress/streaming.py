@@ -6,7 +6,6 @@ is the same as in memory.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,22 +19,22 @@ from transformers import PretrainedConfig
 
 from lowrank_cli.compress import report
 from lowrank_cli.compress.decomposition import Targets
-from lowrank_cli.compress.files import opened
 from lowrank_cli.compress.pictures import place_of
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.svd_dump import Reader, give_back
 from lowrank_cli.config import RunConfig
+from lowrank_cli.foreign import INDEX
 from lowrank_cli.methods import Method
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import FORMS
 from lowrank_cli.models.lowrank_quantizer import LowRankConfig
 from lowrank_cli.run import RunDir
+from lowrank_cli.strict_json import dumps
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
 from lowrank_cli.svd.spectrum import decompose
 
 # a file is written when it has so many bytes: they, and the copy that is written, are held beside a linear's factors
 FILE_BYTES = 64 << 20
-INDEX = "model.safetensors.index.json"
 # what a folder has besides weights and their index, and the copy needs as well
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h5", ".msgpack")
 
@@ -111,8 +110,7 @@ def write(
 
     with progress("factoring", len(keys)) as advance:
         for key in keys:
-            with opened(reader.files[key]) as file:
-                tensor = file.get_tensor(key)
+            tensor = reader.tensor(key)
             before += tensor.numel()
             for name, value in compressed(reader, ranks, form, key, tensor):
                 tensors[name] = value
@@ -130,7 +128,7 @@ def write(
         shards |= dict.fromkeys(names, name)
     total = sum((folder / name).stat().st_size for name in set(shards.values()))
     index = {"metadata": {"total_size": total}, "weight_map": shards}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(dumps(index, indent=2) + "\n", encoding="utf-8")
     low = {name: rank for name, rank in ranks.items() if rank is not None}
     if low:
         config.quantization_config = LowRankConfig(ranks=low, form=form, details=details)
@@ -159,8 +157,7 @@ def compressed(reader: Reader, ranks: Ranks, form: str, key: str, tensor: Tensor
     weight = (tensor.mT if name in reader.transposed else tensor).to(reader.device)
     bias = None
     if f"{name}.bias" in reader.files:
-        with opened(reader.files[f"{name}.bias"]) as file:
-            bias = file.get_tensor(f"{name}.bias")
+        bias = reader.tensor(f"{name}.bias")
     m, n = weight.shape
     layer = FORMS[form](n, m, rank, bias is not None, dtype=tensor.dtype)
     layer.assign(*decompose(weight).factors(weight, rank), bias)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
 
-from lowrank_cli import console
+from lowrank_cli import console, foreign
 from lowrank_cli.compress import files
 from lowrank_cli.compress.decomposition import find_targets
 from lowrank_cli.compress.progress import progress
@@ -33,11 +33,14 @@ from lowrank_cli.errors import LowrankError, MissingError, UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import Source, locate
+from lowrank_cli.ops.finite import refuse_non_finite
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.svd.spectrum import effective_rank, singular_values
 
 # changes when the same weight would give other values
 METHOD = "eigenvalues of the Gram matrix in float64"
+# in a folder of the cache
+VALUES = "values.safetensors"
 # rows of a weight that are hashed at a time
 HASHED_ROWS = 256
 
@@ -53,7 +56,7 @@ class Reader:
     """
 
     def __init__(self, source: Source, config: RunConfig, *, loading: bool = True):
-        self.config = config
+        self.config, self.source = config, source
         self.device = models.device_of(config.common.device)
         self.model: nn.Module | None = None
         self.files = self.index(source)
@@ -89,6 +92,7 @@ class Reader:
                 seed=config.common.seed,
                 offline=config.common.offline,
             ).eval()
+            refuse_non_finite(self.source.name, self.model.named_parameters())
             self.files = {}
             self.linears = find_targets(self.model).linears
             self.shapes = {name: shape_of(module) for name, module in self.linears.items()}
@@ -99,27 +103,35 @@ class Reader:
         """The safetensors file of each tensor; empty if there are none."""
         if source.gguf or source.adapter or not source.is_local:
             return {}
-        found = {}
         folder = Path(source.location)
-        # a folder may hold others: a checkpoint has the optimizer's, some models the same weights once more
-        listed = folder / "model.safetensors.index.json"
-        if listed.is_file():
-            try:
-                names = sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise LowrankError(f"{listed} is damaged: it has no map of weights", "copy or save it again") from None
-        else:
-            names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
-        for path in (folder / name for name in names):
-            with files.opened(path) as file:
+        config = foreign.check_model(folder)
+        paths = foreign.weights_in(folder)
+        # weights in files of other names, and codes that are dequantized on loading, are left to Transformers
+        if config.get("transformers_weights") or foreign.quantization(config) in foreign.DEQUANTIZED:
+            return {}
+        if any(path.suffix != ".safetensors" for path in paths):
+            return {}
+        found = {}
+        for path in paths:
+            with foreign.open_tensors(path) as file:
                 found |= dict.fromkeys(file.keys(), path)
+        return found
+
+    def tensor(self, key: str) -> Tensor:
+        """Return a tensor of the files, checked.
+
+        Raises:
+            UsageError: it holds a value that is not finite.
+        """
+        with foreign.open_tensors(self.files[key]) as file:
+            found = file.get_tensor(key)
+        refuse_non_finite(self.source.name, [(key, found)])
         return found
 
     def __getitem__(self, name: str) -> Tensor:
         if not self.files:
             return weight_of(self.linears[name]).detach()
-        with files.opened(self.files[f"{name}.weight"]) as file:
-            weight = file.get_tensor(f"{name}.weight")
+        weight = self.tensor(f"{name}.weight")
         weight = weight.mT if name in self.transposed else weight
         if tuple(weight.shape) != self.shapes[name]:
             raise UsageError(
@@ -131,35 +143,48 @@ class Reader:
         return weight.to(self.device)
 
 
-def cached_values(name: str, weight: Tensor) -> Tensor:
-    """The singular values of a weight, out of the cache if this very weight has been decomposed before.
-
-    Raises:
-        UsageError: the weight holds a value that is not finite.
-    """
+def cached_values(weight: Tensor) -> Tensor:
+    """The singular values of a weight, out of the cache if this very weight has been decomposed before."""
     weight = weight.detach()
-    # without a temporary of the weight's size
-    if not all(map(math.isfinite, map(float, torch.aminmax(weight)))):
-        raise UsageError(
-            f"{name}.weight holds a value that is not finite", "the model is broken: load a sound copy of it"
-        )
     digest = hashlib.sha256(f"{METHOD} {tuple(weight.shape)}".encode())
     for rows in weight.split(HASHED_ROWS):
         # the same numbers in 16 bits and in 32 are the same weight
         digest.update(rows.float().cpu().contiguous().view(torch.uint8).numpy())
 
     def make(folder: Path) -> None:
-        save_file({"values": singular_values(weight).cpu()}, folder / "values.safetensors")
+        (folder / VALUES).write_bytes(save({"values": singular_values(weight).cpu()}))
 
-    return load_file(cached_folder("spectra", digest.hexdigest()[:32], make) / "values.safetensors")["values"]
+    def cached() -> Path:
+        return cached_folder("spectra", digest.hexdigest()[:32], make)
+
+    found = _sound(cached(), weight)
+    if found is None:
+        console.note(f"{cached()} is damaged: the singular values in it are computed again")
+        shutil.rmtree(cached())
+        found = foreign.read_tensors(cached() / VALUES)["values"]
+    return found
+
+
+def _sound(folder: Path, weight: Tensor) -> Tensor | None:
+    """Return the singular values that a folder of the cache holds; None if they cannot be those of the weight."""
+    try:
+        found = foreign.read_tensors(folder / VALUES)["values"]
+    except (LowrankError, KeyError):
+        return None
+    # their squares have the sum that those of the entries have
+    norms = float(found.double().norm()), float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    return found if found.shape == (min(weight.shape),) and math.isclose(*norms, rel_tol=1e-3) else None
 
 
 def values_of(reader: Reader) -> dict[str, Tensor]:
     """The singular values of every linear, read one after the other."""
     found = {}
+    # what is not decomposed is checked before the work, which takes long
+    for key in reader.files.keys() - {f"{name}.weight" for name in reader.shapes}:
+        reader.tensor(key)
     with progress("singular values", len(reader.shapes)) as advance:
         for name in reader.shapes:
-            found[name] = cached_values(name, reader[name])
+            found[name] = cached_values(reader[name])
             give_back()
             advance()
     return found
@@ -186,6 +211,8 @@ def prepare(config: RunConfig) -> Dump:
     """Find the weights and the text; whatever is wrong with them shows here."""
     console.quiet_libraries()
     source = locate(config.model, offline=config.common.offline)
+    architecture = models.config_of(config.model, offline=config.common.offline)
+    foreign.refuse_codes(architecture.to_dict(), source.location)
     reader = Reader(source, config)
     if config.spectra.published and len({files.place_of(name) for name in reader.shapes}) < len(reader.shapes):
         raise UsageError(

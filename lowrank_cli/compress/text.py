@@ -27,7 +27,7 @@ BATCH = 4
 
 def text_of_run(location: str) -> DataConfig | None:
     """The text that a run was trained on and the length of its windows, if the weights are in a run folder."""
-    from lowrank_cli.config import read_yaml
+    from lowrank_cli.foreign import read_yaml
 
     for folder in (Path(location).parent, Path(location).parent.parent):
         if (folder / "run.json").is_file() and (folder / "config.yaml").is_file():

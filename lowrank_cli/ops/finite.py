@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lowrank_cli.errors import UsageError
+
 
 @torch.no_grad()
 def first_non_finite(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -35,3 +37,14 @@ def first_non_finite(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     flags = torch.cat([part.to(finite[0].device) for part in finite]).tolist()
     broken = [place for place, is_finite in zip(places, flags, strict=True) if not is_finite]
     return names[min(broken)] if broken else ""
+
+
+def refuse_non_finite(model: str, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise UsageError if a model that was given holds a value that is not finite.
+
+    Args:
+        model: what it is called.
+        named_tensors: its weights.
+    """
+    if name := first_non_finite(named_tensors):
+        raise UsageError(f"{model} is broken: {name} holds a value that is not finite", "load a sound copy of it")

@@ -30,7 +30,7 @@ def compress(lowrank, stories, text):
 
     def call(line: str, code: int = 0, model: object = stories):
         always = f"compress --dataset {text.name} --max-length 128 --eval-tokens 500"
-        found, out, err = lowrank(f"{always} {line}", "--model", model)
+        found, out, err = lowrank(always, *shlex.split(line), "--model", model)
         assert found == code, err
         return json.loads(out) if "--json" in shlex.split(line) and not code else out + err
 
