@@ -170,6 +170,12 @@ def _chat(tokenizer: PreTrainedTokenizerFast, record: Record) -> Text:
                 "so that it cannot be told from the rest",
                 "take --template alpaca, plain or qa",
             )
+        if _letters(chat.messages[number]["content"]) not in _letters(whole[len(prompt) :]):
+            # such as a template that drops the thoughts of every answer, the last one's too
+            raise UsageError(
+                f"{where}: the tokenizer's chat template leaves out a part of an answer",
+                "take --template alpaca, plain or qa, or drop what the template does not write from the answers",
+            )
         said, eos, rest = whole[len(prompt) :].rpartition(tokenizer.eos_token)
         # what a template writes after the end of text is never generated; without such an end it is all the response
         segments += [Segment(final[done : len(prompt)], False), Segment(said + eos or rest, True)]
@@ -180,6 +186,11 @@ def _chat(tokenizer: PreTrainedTokenizerFast, record: Record) -> Text:
     segments = segments if segments[-1].target else segments[:-1]
     # a chat template writes the beginning of text itself where the model was trained with one
     return Text(where, (tuple(segments),), bos=False, eos=not ends, unlearned=unlearned)
+
+
+def _letters(text: str) -> str:
+    """Return a text without its white space, which templates trim."""
+    return "".join(text.split())
 
 
 def _check_written(tokenizer: PreTrainedTokenizerFast, chat: Chat, final: str, where: str) -> None:
@@ -199,7 +210,8 @@ def _check_written(tokenizer: PreTrainedTokenizerFast, chat: Chat, final: str, w
             same = False
         if same:
             raise UsageError(
-                f"{where}: the tokenizer's chat template leaves out {what}", "take a model whose template writes them"
+                f"{where}: the tokenizer's chat template leaves out {what}",
+                "take a model whose template writes them, or drop them from the record",
             )
 
 

@@ -127,6 +127,17 @@ def test_a_chat_template_that_drops_earlier_thoughts_is_learned_where_it_writes_
     assert text.unlearned == 1
 
 
+def test_a_chat_template_that_drops_what_the_last_answer_says_is_refused(chat):
+    chat.chat_template = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    assert templates.load("chat", chat).render(PLAIN)
+    thought = Record("here", (Turn("Add.", "", "<think>\nTwo and three.\n</think>\n\n5"),))
+    with pytest.raises(UsageError, match="here: .* leaves out a part of an answer"):
+        templates.load("chat", chat).render(thought)
+    # white space is the template's own
+    chat.chat_template = CHATML.replace("m.content", "m.content | replace('\n', ' ') | trim")
+    assert templates.load("chat", chat).render(thought)
+
+
 def test_each_step_after_the_last_request_is_learned(chat):
     chat.chat_template = THINKING
     call = {"name": "clock", "arguments": {}}
