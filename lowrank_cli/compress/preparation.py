@@ -113,12 +113,18 @@ def outline(config: RunConfig) -> Outline:
     merging = compressed and config.compress.format == "dense"
     if compressed and not merging:
         raise already_compressed()
-    own = text_of_run(source.location)
+    own = text_of_run(source)
     if merging:
         refuse_unused(config, part)
         weighting, calibrating = "none", None
     else:
         weighting, calibrating = weighting_of(part, own)
+        settings = part.config
+        if weighting == "none" and settings.weighting is None and not settings.paper:
+            console.warn(
+                f"the text that {source.name} was trained on is not known: errors are not weighted, which loses much "
+                "more; --welore-calibrate FILE weights them by a text, --dataset FILE measures on one"
+            )
     if config.compress.spectra is not None and not part.reads_own_values:
         raise UsageError(
             f"--spectra gives the weights' own singular values, and the rule {part.allocation} does not read them",

@@ -259,7 +259,7 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
     if not config.spectra.gradients:
         return []
     offline = config.common.offline
-    trained = text_of_run(source.location)
+    trained = text_of_run(source)
     own = None if config.spectra.dataset else trained
     text = own or DataConfig(**({"dataset": config.spectra.dataset} if config.spectra.dataset else {}))
     model = reader.load()

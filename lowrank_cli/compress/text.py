@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowrank_cli.config import DataConfig
+from lowrank_cli.config import DataConfig, TaskConfig, build
+from lowrank_cli.data import tasks
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.data.rows import Encoder, RowReader
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.foreign import read_yaml
 from lowrank_cli.models import load as models
 from lowrank_cli.models.source import Source
 
@@ -25,17 +30,40 @@ LENGTH = 512
 BATCH = 4
 
 
-def text_of_run(location: str) -> DataConfig | None:
-    """The text that a run was trained on and the length of its windows, if the weights are in a run folder."""
-    from lowrank_cli.foreign import read_yaml
+@dataclass(frozen=True)
+class Records(DataConfig):
+    """Records that a run was fine-tuned on, with what says how they become text."""
 
-    for folder in (Path(location).parent, Path(location).parent.parent):
+    task: TaskConfig | None = None
+
+
+def text_of_run(source: Source) -> DataConfig | None:
+    """The text that a run was trained on and the length of its windows, if the weights are in a run folder."""
+    place = Path(source.adapter or source.location)
+    for folder in (place.parent, place.parent.parent):
         if (folder / "run.json").is_file() and (folder / "config.yaml").is_file():
-            settings = read_yaml(folder / "config.yaml")
-            keys = ("dataset", "dataset_config", "validation_dataset", "text_field", "max_length")
-            found = {key: settings[key] for key in keys if settings.get(key) is not None}
-            return DataConfig(**found) if settings.get("command") == "pretrain" else None
+            return _trained_on(folder / "config.yaml")
     return None
+
+
+def _trained_on(file: Path) -> DataConfig | None:
+    """The text of a run's configuration; None for a command that trains on none, and for labelled examples."""
+    from lowrank_cli.train.prepare import RUNNING_TEXT
+
+    settings = read_yaml(file)
+    values = {key: (value, f"{key} in {file}") for key, value in settings.items() if value is not None}
+    keys = ("dataset", "dataset_config", "validation_dataset", "text_field", "max_length")
+    text = build(DataConfig, {key: values[key] for key in keys if key in values})
+    if settings.get("command") == "pretrain":
+        return text
+    if settings.get("command") != "finetune":
+        return None
+    task = build(TaskConfig, values)
+    if task.task == RUNNING_TEXT:
+        return text
+    if task.task and tasks.describe(task.task).kind != "causal":
+        return None
+    return Records(**{**vars(text), "dataset": task.task or text.dataset}, task=task)
 
 
 def tokenizer_for(source: Source, model: PreTrainedModel, offline: bool, *, needed: bool) -> Any:
@@ -74,7 +102,7 @@ def window_length(config: PretrainedConfig, asked: int | None, own: DataConfig |
 def windows(
     text: DataConfig, part: str, tokenizer, *, length: int, count: int, offline: bool, flag: str, whole: bool
 ) -> list[Tensor]:
-    """Full windows of a text's tokens, documents joined as in packed training, in batches.
+    """Full windows of a text's tokens, documents or records joined as in packed training, in batches.
 
     Args:
         text: the dataset.
@@ -93,8 +121,36 @@ def windows(
     """
     if whole and Path(text.dataset).is_file():
         text, part = DataConfig(dataset=text.dataset, validation_dataset=text.dataset), "validation"
-    reader = RowReader(open_source(text, part, offline=offline), Encoder(tokenizer, "packed", length), length)
-    rows = [torch.from_numpy(row).long() for _, row in zip(range(count), reader, strict=False)]
+    if isinstance(text, Records):
+        rows = _of_records(text, part, tokenizer, length, count, offline)
+    else:
+        reader = RowReader(open_source(text, part, offline=offline), Encoder(tokenizer, "packed", length), length)
+        rows = [torch.from_numpy(row).long() for _, row in zip(range(count), reader, strict=False)]
     if not rows:
         raise UsageError(f"{text.dataset} is shorter than one window of {length} tokens", f"give {flag} a longer text")
     return [torch.stack(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+
+
+def _of_records(text: Records, part: str, tokenizer, length: int, count: int, offline: bool) -> list[Tensor]:
+    """Windows of records as fine-tuning saw them: rendered by their template, one after the other."""
+    from lowrank_cli.data import supervised
+
+    data = supervised.build(
+        text, text.task, batch_size=1, total_batch_size=1, eval_tokens=count * length, seed=0, offline=offline,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    batches = data.validation()
+    if part == "train":
+        batches = (data.train.next_update()[0] for _ in range(data.train.updates_per_epoch))
+    return list(islice(_cut(batches, length), count))
+
+
+def _cut(batches: Iterator[dict[str, Tensor]], length: int) -> Iterator[Tensor]:
+    """The tokens of batches of one row, joined and cut into windows, without what pads them."""
+    left = torch.empty(0, dtype=torch.long)
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        left = torch.cat([left, ids[0] if mask is None else ids[mask.bool()]])
+        while len(left) >= length:
+            yield left[:length]
+            left = left[length:]
