@@ -18,7 +18,8 @@ PACKAGE = ROOT / "lowrank_cli"
 # each layer may import itself and the layers after it; the last one may be imported by everyone
 LAYERS = [{"commands", "main", "options", "__main__"}, {"train", "compress"}, {"evaluate", "data", "methods"},
           {"svd", "models", "optim", "memory", "plots"}, {"ops"},
-          {"config", "settings", "fields", "errors", "run", "console"}]  # fmt: skip
+          {"config", "settings", "fields", "errors", "run", "console", "foreign", "lock", "misfortune",
+           "strict_json"}]  # fmt: skip
 
 
 def files() -> list[Path]:
