@@ -205,9 +205,8 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     name = message.get(sender)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise UsageError(
-            f"{where}: a message of the {sender} {name!r}", f"roles that are read here: {', '.join(_ROLES)}"
-        )
+        what = "without a role" if name is None else f"of the {sender} {name!r}"
+        raise UsageError(f"{where}: a message {what}", f"roles that are read here: {', '.join(_ROLES)}")
     if unread := next((key for key in _UNREAD if message.get(key) not in (None, [])), None):
         raise UsageError(f"{where}: '{unread}' of a message is not read", "weight 0 marks a message as context")
     read = {"role": role, "content": text_in(message, "content" if "content" in message else "value", where)}
@@ -229,14 +228,15 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Return calls of tools in the form of chat templates, whose arguments are an object."""
-    calls = parse_json(calls, where) if isinstance(calls, str) else calls
+    calls = parse_json(calls, f"{where}: the call of a tool") if isinstance(calls, str) else calls
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UsageError(f"{where}: a call without the name of a tool", "write its name and arguments")
         arguments = function.get("arguments") or {}
-        arguments = parse_json(arguments, where) if isinstance(arguments, str) else arguments
+        if isinstance(arguments, str):
+            arguments = parse_json(arguments, f"{where}: the arguments of {function['name']}")
         marks = {"id": call["id"]} if call.get("id") else {}
         found.append({"type": "function", **marks, "function": {"name": function["name"], "arguments": arguments}})
     return found
@@ -244,7 +244,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def _tools(record: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     tools = record.get("tools") or []
-    tools = parse_json(tools, where) if isinstance(tools, str) else tools
+    tools = parse_json(tools, f"{where}: 'tools'") if isinstance(tools, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UsageError(f"{where}: 'tools' is no list of objects", "write each tool as a JSON schema")
     if record.get("functions"):
