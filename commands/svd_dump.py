@@ -38,5 +38,6 @@ def svd_dump(given: dict[str, Any], method_given: dict[str, dict[str, Any]], cal
         if call.json:
             console.output(dumps({"linears": dumped.reader.shapes}))
         return
+    dumped.reader.check()
     result = folder.recorded(call.out, "svd-dump", resolved, to_yaml(resolved), lambda place: dump.run(dumped, place))
     console.output(dumps(result) if call.json else dump.summary(result))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,13 @@ def writing(place: Path | str) -> Iterator[None]:
         if number_of(error) is None:
             raise
         raise unwritten(error, place) from None
+
+
+def check_writable(place: Path) -> None:
+    """Raise LowrankError unless something could be written to a folder, which need not be there, before long work."""
+    there = next(path for path in (place, *place.parents) if path.exists())
+    with writing(place), tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def unwritten(error: BaseException, place: Path | str | None) -> LowrankError:

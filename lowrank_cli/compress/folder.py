@@ -14,8 +14,8 @@ from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import FAILED, INTERRUPTED, Interrupted, LowrankError
 from lowrank_cli.lock import NAME as LOCK
 from lowrank_cli.lock import locked
-from lowrank_cli.misfortune import explained
-from lowrank_cli.run import RunDir
+from lowrank_cli.misfortune import check_writable, explained
+from lowrank_cli.run import RUNS, RunDir
 
 RECORD = "run.json"
 # all that they write, temporary names and those of safetensors' writer among it
@@ -34,6 +34,7 @@ def check(out: str | None, command: str) -> None:
             pass
     if not out or not is_half_done(Path(out), command):
         RunDir.check(out)
+    check_writable(Path(out) if out else RUNS)
 
 
 def is_half_done(folder: Path, command: str) -> bool:

@@ -152,6 +152,7 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
         if reader.files and reader.has_head and config.model.dtype == "auto":
             check_budget(part, reader.shapes)
             given = given_spectra(config, reader.shapes)
+            reader.check()
             return streaming.Streamed(config, part, reader, values_of(reader), given)
     device = models.device_of(config.common.device)
     model = models.load(

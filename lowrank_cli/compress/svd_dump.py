@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length, windows
 from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.data.cache import cached_folder
-from lowrank_cli.errors import LowrankError, MissingError, UsageError
+from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import Source, locate
@@ -118,15 +116,19 @@ class Reader:
         return found
 
     def tensor(self, key: str) -> Tensor:
-        """Return a tensor of the files, checked.
+        """Return a tensor of the files."""
+        with foreign.open_tensors(self.files[key]) as file:
+            return file.get_tensor(key)
+
+    def check(self) -> None:
+        """Read every tensor of the files once, before anything is written; a model that was loaded is checked.
 
         Raises:
-            UsageError: it holds a value that is not finite.
+            UsageError: one holds a value that is not finite.
         """
-        with foreign.open_tensors(self.files[key]) as file:
-            found = file.get_tensor(key)
-        refuse_non_finite(self.source.name, [(key, found)])
-        return found
+        for key in self.files:
+            refuse_non_finite(self.source.name, [(key, self.tensor(key))])
+        give_back()
 
     def __getitem__(self, name: str) -> Tensor:
         if not self.files:
@@ -154,34 +156,13 @@ def cached_values(weight: Tensor) -> Tensor:
     def make(folder: Path) -> None:
         (folder / VALUES).write_bytes(save({"values": singular_values(weight).cpu()}))
 
-    def cached() -> Path:
-        return cached_folder("spectra", digest.hexdigest()[:32], make)
-
-    found = _sound(cached(), weight)
-    if found is None:
-        console.note(f"{cached()} is damaged: the singular values in it are computed again")
-        shutil.rmtree(cached())
-        found = foreign.read_tensors(cached() / VALUES)["values"]
-    return found
-
-
-def _sound(folder: Path, weight: Tensor) -> Tensor | None:
-    """Return the singular values that a folder of the cache holds; None if they cannot be those of the weight."""
-    try:
-        found = foreign.read_tensors(folder / VALUES)["values"]
-    except (LowrankError, KeyError):
-        return None
-    # their squares have the sum that those of the entries have
-    norms = float(found.double().norm()), float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    return found if found.shape == (min(weight.shape),) and math.isclose(*norms, rel_tol=1e-3) else None
+    folder = cached_folder("spectra", digest.hexdigest()[:32], make)
+    return foreign.read_tensors(folder / VALUES)["values"]
 
 
 def values_of(reader: Reader) -> dict[str, Tensor]:
     """The singular values of every linear, read one after the other."""
     found = {}
-    # what is not decomposed is checked before the work, which takes long
-    for key in reader.files.keys() - {f"{name}.weight" for name in reader.shapes}:
-        reader.tensor(key)
     with progress("singular values", len(reader.shapes)) as advance:
         for name in reader.shapes:
             found[name] = cached_values(reader[name])

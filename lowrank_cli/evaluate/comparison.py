@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lowrank_cli.console import human_bytes, human_count
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.evaluate.report import aligned, number
+from lowrank_cli.foreign import read_json, reading
+from lowrank_cli.misfortune import writing
 
 # what training wrote into a run's result, and how it is told
 COSTS = (
@@ -39,18 +40,19 @@ def read(folders: list[str]) -> list[dict[str, Any]]:
 def _one(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise MissingError(f"there is no run {folder}", "give the folders of runs that were evaluated")
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("eval/*.json"))}
+    results = {path.stem: read_json(path) for path in sorted(folder.glob("eval/*.json"))}
     if not results:
         raise MissingError(
             f"{folder} has not been evaluated",
             f"lowrank eval mmlu --model {folder}, or another task, the same for all",
         )
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
-    scores = {f"{name} {metric}": score for name, result in results.items() for metric, score in _scores(result)}
-    newest = max(results.values(), key=lambda result: result["date"])
-    costs = dict(newest["model"]) | {k: v for k, v in (record.get("result") or {}).items() if v is not None}
-    costs = {key: costs[key] for key, *_ in COSTS if isinstance(costs.get(key), (int, float))}
-    costs["eval_seconds"] = sum(result["seconds"] for result in results.values())
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    with reading(folder / "eval", "results of evaluations", "evaluate the run again"):
+        scores = {f"{name} {metric}": score for name, result in results.items() for metric, score in _scores(result)}
+        newest = max(results.values(), key=lambda result: result["date"])
+        costs = dict(newest["model"]) | {k: v for k, v in (record.get("result") or {}).items() if v is not None}
+        costs = {key: costs[key] for key, *_ in COSTS if isinstance(costs.get(key), (int, float))}
+        costs["eval_seconds"] = sum(result["seconds"] for result in results.values())
     return {
         "run": folder.resolve().name if folder.is_symlink() else folder.name,
         "method": record.get("method"),
@@ -117,7 +119,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axes.set_visible(True)
         for i, run in enumerate(runs):
             score = run["scores"].get(name)
-            if score is not None:
+            if score is not None and score["value"] is not None:
                 axes.bar(i, score["value"], color=f"C{i}", yerr=score["stderr"], capsize=4, label=run["run"])
         evaluation, _, metric = name.partition(" ")
         axes.set_title(f"{evaluation}\n{metric}", fontsize=9)
@@ -127,5 +129,6 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -23,8 +22,10 @@ from lowrank_cli.evaluate.report import rows_of
 from lowrank_cli.evaluate.silence import quiet
 from lowrank_cli.evaluate.subject import Subject
 from lowrank_cli.evaluate.tasks import Loaded
+from lowrank_cli.misfortune import writing
 from lowrank_cli.run import git_commit, now, peak_resident_bytes, versions, write_json
 from lowrank_cli.settings.evaluate import HarnessConfig
+from lowrank_cli.strict_json import dumps
 
 # lm-eval's defaults, so that a run by hand draws the same examples
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -148,12 +149,13 @@ def questions_in(loaded: Loaded, limit: int | None) -> int:
 def save(result: dict[str, Any], answers: list[dict[str, Any]], folder: Path, name: str, *, samples: bool) -> Path:
     """Write a result, and with `samples` its answers, into the folder's eval/; an earlier one of that name goes."""
     place = folder / "eval"
-    place.mkdir(parents=True, exist_ok=True)
-    if samples and answers:
-        lines = (json.dumps(_answer(sample), default=str) for sample in answers)
-        (place / f"{name}.answers.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     path = place / f"{name}.json"
-    write_json(path, result)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        if samples and answers:
+            lines = (dumps(_answer(sample), default=str) for sample in answers)
+            (place / f"{name}.answers.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_json(path, result)
     return path
 
 

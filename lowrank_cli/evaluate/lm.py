@@ -10,9 +10,9 @@ import lm_eval.api.model
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_cli.errors import LowrankError, PreflightError
+from lowrank_cli.errors import PreflightError
 from lowrank_cli.evaluate.progress import Progress
-from lowrank_cli.evaluate.scoring import Row, Scorer, rows_that_fit
+from lowrank_cli.evaluate.scoring import Row, Scorer, not_numbers, rows_that_fit
 from lowrank_cli.evaluate.silence import quiet
 
 # requests that are tokenized, scored and kept in memory at once
@@ -149,9 +149,7 @@ class EvaluatedLM(HFLM):
         else:
             answers = self._shared(requests, limit)
         if any(math.isnan(score) for score, _ in answers):
-            raise LowrankError(
-                "the model's log-probabilities are not numbers", "its weights are damaged, or overflow in this --dtype"
-            )
+            raise not_numbers()
         return answers
 
     def _shared(self, requests: list, limit: int) -> list[tuple[float, bool]]:

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from lowrank_cli.errors import LowrankError
+
 # fewer shared tokens than this are not worth a pass of their own
 MIN_SHARED = 32
 MAX_ROWS = {"cpu": 16, "cuda": 256}
@@ -91,6 +93,13 @@ def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def not_numbers() -> LowrankError:
+    """The error for a model whose scores are NaN."""
+    return LowrankError(
+        "the model's log-probabilities are not numbers", "its weights are damaged, or overflow in this --dtype"
+    )
 
 
 class Scorer:

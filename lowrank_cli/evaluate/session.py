@@ -11,6 +11,7 @@ from lowrank_cli import console
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.evaluate.names import MT_BENCH, PPL, check
+from lowrank_cli.misfortune import check_writable
 
 
 def names_of(text: str | None) -> list[str]:
@@ -62,6 +63,7 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
         seed=config.common.seed,
     )
     folder, suffix = result_folder(subject, out)
+    check_writable(folder / "eval")
     for name in names:
         if name == MT_BENCH:
             model_id = f"{folder.name}{suffix}"

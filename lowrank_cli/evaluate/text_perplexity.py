@@ -14,6 +14,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from lowrank_cli import console
 from lowrank_cli.config import DataConfig
 from lowrank_cli.data.cache import cache_dir, fingerprint
 from lowrank_cli.data.documents import open_source
-from lowrank_cli.errors import MissingError, PreflightError, UsageError
+from lowrank_cli.errors import LowrankError, MissingError, PreflightError, UsageError
 from lowrank_cli.evaluate.perplexity import Perplexity, perplexity
 from lowrank_cli.evaluate.progress import Progress
 from lowrank_cli.evaluate.published import wikitext_rows
-from lowrank_cli.evaluate.scoring import MAX_ROWS, rows_that_fit
+from lowrank_cli.evaluate.scoring import MAX_ROWS, not_numbers, rows_that_fit
 from lowrank_cli.evaluate.subject import Subject
 from lowrank_cli.evaluate.suites import find
+from lowrank_cli.foreign import entry, read_json
 from lowrank_cli.models.forward import takes_chunked_path
 from lowrank_cli.run import write_json
 from lowrank_cli.settings.evaluate import HarnessConfig
@@ -43,6 +45,7 @@ C4 = "c4"
 C4_TOKENS = 256 * 2048
 # what is measured is kept this often, for a call that is interrupted
 KEEP_EVERY_S = 10.0
+_SUMS = {"done": int, "nats": (int, float), "tokens": int}
 _BLANK = "\n\n"
 
 
@@ -234,8 +237,12 @@ def _measure(
     kept = cache_dir() / "eval-ppl" / f"{name}.json"
     sums = {"done": 0, "nats": 0.0, "tokens": 0}
     if kept.is_file() and not fresh:
-        sums = json.loads(kept.read_text(encoding="utf-8"))
-        console.note("ppl: windows of an interrupted evaluation are taken over; --fresh forgets them")
+        try:
+            found = read_json(kept)
+            sums = {key: entry(found, key, kind, kept) for key, kind in _SUMS.items()}
+            console.note("ppl: windows of an interrupted evaluation are taken over; --fresh forgets them")
+        except LowrankError as error:
+            console.note(f"ppl: {error.message}; it is measured from the start")
     for _ in range(sums["done"]):
         progress.advance()
     saved = time.monotonic()
@@ -243,14 +250,18 @@ def _measure(
         if i < sums["done"]:
             continue
         found = perplexity(subject.model, [batch], between=progress.advance)
+        if not math.isfinite(found.loss):
+            raise not_numbers()
         sums = {
             "done": i + 1,
             "nats": sums["nats"] + found.loss * found.tokens,
             "tokens": sums["tokens"] + found.tokens,
         }
         if time.monotonic() - saved > KEEP_EVERY_S:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, sums)
+            # without room for it, an interrupted call begins anew
+            with suppress(OSError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_json(kept, sums)
             saved = time.monotonic()
     kept.unlink(missing_ok=True)
     return Perplexity(sums["nats"] / max(1, sums["tokens"]), sums["tokens"])

@@ -59,7 +59,7 @@ def test_windows_are_the_records_as_they_were_trained_on(lowrank, run_of, record
     for ids in parts.values():
         assert ids.shape[1] == 64
         written = tokenizer.decode(ids.flatten())
-        assert "### Instruction:" in written
+        assert "### Response:" in written
         assert "sat on a mat." in written
     # what was held out is not calibrated on
     asked = {
