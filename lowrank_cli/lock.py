@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lowrank_cli.errors import UsageError
+from lowrank_cli.misfortune import writing
 
 NAME = ".lock"
 # file systems without locks, such as some network shares
@@ -25,11 +26,12 @@ def locked(folder: Path) -> Iterator[None]:
         folder: exists. While it is locked its file `.lock` holds host and pid.
     Raises:
         UsageError: another process has it.
-        OSError: the folder cannot be written.
+        LowrankError: the folder cannot be written.
     """
     path = folder / NAME
     while True:
-        file = path.open("a+", encoding="utf-8")
+        with writing(folder):
+            file = path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -50,9 +52,10 @@ def locked(folder: Path) -> Iterator[None]:
         file.close()
     try:
         if not file.closed:
-            file.truncate(0)
-            file.write(f"{socket.gethostname()} {os.getpid()}\n")
-            file.flush()
+            with writing(folder):
+                file.truncate(0)
+                # unbuffered: what did not fit would be written again when the file is closed
+                os.write(file.fileno(), f"{socket.gethostname()} {os.getpid()}\n".encode())
         yield
     finally:
         if not file.closed:

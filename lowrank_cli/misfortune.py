@@ -71,8 +71,10 @@ def check_writable(place: Path) -> None:
 def unwritten(error: BaseException, place: Path | str | None) -> LowrankError:
     """Return the error for a file or folder that could not be written."""
     where = f" {place}" if place else ""
-    hint = "choose a place that you may write" if number_of(error) in _FORBIDDEN else "make room, or choose another"
-    return LowrankError(f"could not write{where}: {reason(error)}", f"{hint}, with --out")
+    hint = (
+        "choose a place that you may write" if number_of(error) in _FORBIDDEN else "make room, or choose another place"
+    )
+    return LowrankError(f"could not write{where}: {reason(error)}", f"{hint} with --out")
 
 
 def number_of(error: BaseException) -> int | None:

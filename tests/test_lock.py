@@ -1,5 +1,6 @@
 """The lock of a folder, between real processes."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from lowrank_cli.errors import UsageError
+from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.lock import NAME, locked
 
 HOLD = """
@@ -52,3 +53,12 @@ def test_leaves_nothing_behind(tmp_path, holder):
     with pytest.raises(ZeroDivisionError), locked(tmp_path):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(LowrankError, match=f"could not write {tmp_path}: no space left on device"), locked(tmp_path):
+        pass

@@ -58,7 +58,7 @@ def test_a_place_that_may_not_be_written():
     with pytest.raises(LowrankError) as caught, writing("x"):
         raise PermissionError(errno.EACCES, "Permission denied", "x/y")
     assert (caught.value.message, caught.value.hint) == (
-        "could not write x: permission denied", "choose a place that you may write, with --out",
+        "could not write x: permission denied", "choose a place that you may write with --out",
     )  # fmt: skip
     known = explained(raised(lambda: os.stat("/nowhere/at/all")))
     assert "/nowhere/at/all" in known.message
