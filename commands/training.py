@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli import config, console
-from lowrank_cli.config import Invocation, RunConfig
+from lowrank_cli import config, console, foreign
+from lowrank_cli.config import Invocation, RunConfig, to_yaml
 from lowrank_cli.errors import FAILED, INTERRUPTED, Interrupted, LowrankError, MissingError, UsageError
-from lowrank_cli.run import RunDir, versions
+from lowrank_cli.lock import locked
+from lowrank_cli.misfortune import explained, number_of, writing
+from lowrank_cli.run import RunDir, is_run, versions
+from lowrank_cli.strict_json import dumps
 from lowrank_cli.train import distributed
+from lowrank_cli.train.place import Place, settled
 
 # settings that change neither the weights nor their order of updates, so that a resumed run may have others
 FREE = {"plots", "log_every", "save_every", "keep", "log", "eval_every", "eval_tokens", "offline", "device",
@@ -37,11 +40,12 @@ def run(
         call: what concerns this call only.
         argv: the arguments as they were typed, for the processes of --nproc.
     """
-    place = distributed.Place.here()
+    place = Place.here()
     if place is None:
         _run(command, given, method_given, call, argv, None)
         return
-    world = distributed.World(place)
+    asked = str(given.get("rank_timeout") or "")
+    world = distributed.World(place, float(asked) if asked.isdecimal() else distributed.JOIN_TIMEOUT_S)
     with world.ending():
         _run(command, given, method_given, call, argv, world)
 
@@ -59,11 +63,11 @@ def _run(
     folder, start = find_resumed(call)
     config_file = call.config
     if folder is not None and config_file is None and call.preset is None:
-        config_file = str(folder.path / "config.yaml")
+        config_file = str(settings_of(folder, start))
     resolved = config.resolve(command, given, method_given, preset=call.preset, config_file=config_file)
-    resolved = distributed.settled(resolved, world and world.place, resuming=folder is not None)
+    resolved = settled(resolved, world and world.place, resuming=folder is not None)
     if call.print_config:
-        print(to_yaml(resolved), end="")
+        console.output(to_yaml(resolved).rstrip())
         return
     if call.dry_run or call.memory_budget:
         from lowrank_cli.train import dry
@@ -71,12 +75,19 @@ def _run(
         estimate = dry.run(resolved, config.parse_bytes(call.memory_budget) if call.memory_budget else None)
         if call.dry_run:
             if call.json:
-                print(json.dumps(estimate))
+                console.output(dumps(estimate))
             return
     if folder is None:
         RunDir.check(call.out)
     else:
-        check_same(folder, resolved)
+        check_same(settings_of(folder, start), folder, resolved)
+        if result := ended(folder, start):
+            from lowrank_cli.train.finish import summary
+
+            console.note(f"the run {folder.path} has ended, and nothing is left to do")
+            line = summary(result)
+            console.output(dumps(result) if call.json else line)
+            return
     if world is None and resolved.train.nproc > 1:
         distributed.launch(resolved.train.nproc, list(argv))
         return
@@ -95,21 +106,26 @@ def _run(
             resolved.train.rank_timeout,
             sharded=resolved.train.parallel == "fsdp",
         )
-    # whatever is wrong shows here, before anything is written
-    session = prepare(placed, world)
+    with ExitStack() as stack:
+        if folder is not None and (world is None or world.place.rank == 0):
+            stack.enter_context(locked(folder.path))
+        # whatever is wrong shows here, before anything is written
+        session = prepare(placed, world)
 
-    def opened() -> RunDir:
-        if folder is not None:
-            console.log_to(folder.path / "log.txt")
-            return folder
-        made = RunDir.create(call.out, name_of(resolved))
-        (made.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
-        return made
+        def opened() -> RunDir:
+            if folder is not None:
+                console.log_to(folder.path / "log.txt")
+                return folder
+            made = RunDir.create(call.out, name_of(resolved))
+            stack.enter_context(locked(made.path))
+            with writing(made.path):
+                (made.path / "config.yaml").write_text(to_yaml(resolved), encoding="utf-8")
+            return made
 
-    result = train(session, resolved, opened() if world is None else world.share_folder(opened), start, world)
+        result = train(session, resolved, opened() if world is None else world.share_folder(opened), start, world)
     if result:
         line = summary(result)
-        print(json.dumps(result) if call.json else line)
+        console.output(dumps(result) if call.json else line)
 
 
 def train(
@@ -119,8 +135,6 @@ def train(
     common = {"command": resolved.command, "method": resolved.method, "seed": resolved.common.seed}
     folder.start(**common, resumed_from=str(start) if start else None)
     console.note(f"run {folder.path}")
-    from safetensors import SafetensorError
-
     try:
         from lowrank_cli.train.loop import fit
 
@@ -138,12 +152,14 @@ def train(
     except LowrankError as error:
         folder.finish("failed", error=error.message, exit_code=error.exit_code)
         raise
-    except (OSError, SafetensorError) as error:
-        text = " ".join(str(error).split())
-        folder.finish("failed", error=text, exit_code=FAILED)
+    except Exception as error:
+        known = explained(error, folder.path)
+        text = known.message if known else f"{type(error).__name__}: {error}"
+        folder.finish("failed", error=text, exit_code=known.exit_code if known else FAILED)
+        if number_of(error) is None or known is None:
+            raise
         raise LowrankError(
-            f"could not write to {folder.path}: {text}",
-            f"make room, then go on with: lowrank {resolved.command} --resume {folder.path}",
+            known.message, f"make room, then go on with: lowrank {resolved.command} --resume {folder.path}"
         ) from None
     except BaseException as error:
         folder.finish("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
@@ -161,7 +177,7 @@ def find_resumed(call: Invocation) -> tuple[RunDir | None, Path | None]:
     if call.resume == "never":
         return None, None
     if call.resume == "auto":
-        if call.out and not (Path(call.out) / "run.json").is_file():
+        if call.out and not is_run(Path(call.out)):
             return None, None
         folder = RunDir.find(call.out)
     else:
@@ -183,9 +199,34 @@ def find_resumed(call: Invocation) -> tuple[RunDir | None, Path | None]:
     return folder, found
 
 
-def check_same(folder: RunDir, resolved: RunConfig) -> None:
-    """A resumed run has the settings that it began with; raises UsageError listing those that differ."""
-    path = folder.path / "config.yaml"
+def settings_of(folder: RunDir, start: Path | None) -> Path:
+    """Return the file of a run's settings: its own, or its checkpoint's where that is gone or damaged.
+
+    Raises:
+        UsageError, MissingError: there is none that can be read.
+    """
+    kept = [folder.path / "config.yaml", *([start / "config.yaml"] if start else [])]
+    for path in kept[:-1]:
+        try:
+            foreign.read_yaml(path)
+        except LowrankError as error:
+            console.warn(f"{error.message}: {kept[-1]} is taken")
+        else:
+            return path
+    return kept[-1]
+
+
+def ended(folder: RunDir, start: Path | None) -> dict[str, Any]:
+    """Return the result of a run that has ended, if its end is what would be resumed; {} otherwise."""
+    record = folder.record()
+    result = record.get("result")
+    if record.get("status") != "done" or not isinstance(result, dict) or start is None:
+        return {}
+    return result if start.name == f"step-{result.get('steps', 0):06d}" and Path(result["model"]).is_dir() else {}
+
+
+def check_same(path: Path, folder: RunDir, resolved: RunConfig) -> None:
+    """Raise UsageError listing the settings that a resumed run would have otherwise than it began with, in `path`."""
     # through today's defaults: a setting that came after the run is no difference
     began = config.resolve(resolved.command, {}, {}, config_file=str(path)).flat()
     wanted = resolved.flat()
@@ -199,7 +240,8 @@ def check_same(folder: RunDir, resolved: RunConfig) -> None:
     if differing:
         raise UsageError(
             f"the run {folder.path} began with other settings: {'; '.join(differing)}",
-            f"drop those flags, or start a new run from its weights: {weights_flag(resolved)} {folder.path}",
+            f"drop those flags (free are --{', --'.join(sorted(FREE)).replace('_', '-')}; the total batch may be "
+            f"shared otherwise), or start a new run from its weights: {weights_flag(resolved)} {folder.path}",
         )
 
 
@@ -212,10 +254,3 @@ def name_of(resolved: RunConfig) -> str:
     """pretrain-galore-llama-9m."""
     model = resolved.model.name or resolved.model.model_config or resolved.model.continue_from or "model"
     return f"{resolved.command}-{resolved.method}-{Path(model).stem if Path(model).suffix else Path(model).name}"
-
-
-def to_yaml(resolved: RunConfig) -> str:
-    """The configuration as config.yaml has it."""
-    import yaml
-
-    return yaml.safe_dump(resolved.flat(), sort_keys=False)

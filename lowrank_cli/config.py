@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli import methods
+from lowrank_cli import foreign, methods
 from lowrank_cli.errors import UsageError, unknown
 from lowrank_cli.fields import base_type, coerce, key_of, option, parse_bytes, parse_count
 from lowrank_cli.run import RunDir
@@ -116,9 +116,11 @@ def resolve(
     """
     layers = []
     if preset is not None:
-        layers.append((read_yaml(preset_path(preset)), f"preset {preset}"))
+        layers.append((foreign.read_yaml(preset_path(preset)), f"preset {preset}"))
     if config_file is not None:
-        layers.append((read_yaml(Path(config_file)), config_file))
+        if not Path(config_file).expanduser().is_file():
+            raise UsageError(f"no file {config_file}", "give --config the path of a YAML file")
+        layers.append((foreign.read_yaml(Path(config_file).expanduser()), config_file))
     spec = COMMANDS[command]
     known = {"command", "method"} | {key_of(f) for cls in spec.sections.values() for f in offered(command, cls)}
     merged, method_merged = {}, {}
@@ -231,25 +233,11 @@ def build(cls, values: dict[str, tuple[Any, str]], kind: str = "") -> Any:
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping; raises UsageError with the line otherwise."""
+def to_yaml(config: RunConfig) -> str:
+    """Return the configuration as config.yaml has it."""
     import yaml
 
-    if not path.is_file():
-        raise UsageError(f"no file {path}", "give --config the path of a YAML file")
-    try:
-        # the loader in C is ten times as fast, and --help reads every preset
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", "mend the file") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no settings", "write one `key: value` a line, such as `method: galore`")
-    nested = [value for value in content.values() if isinstance(value, dict)]
-    for key in (key for mapping in (content, *nested) for key in mapping):
-        if not isinstance(key, str):
-            raise UsageError(f"{path} has the key {key!r}, which is no setting's name", "mend the file")
-    return content
+    return yaml.safe_dump(config.flat(), sort_keys=False)
 
 
 def preset_path(name: str) -> Path:

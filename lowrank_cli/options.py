@@ -12,9 +12,10 @@ import typer
 from typer.core import TyperCommand
 
 from lowrank_cli import methods
-from lowrank_cli.config import offered, preset_names, preset_summary, read_yaml
+from lowrank_cli.config import offered, preset_names, preset_summary
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.fields import base_type, coerce, key_of
+from lowrank_cli.foreign import read_yaml
 from lowrank_cli.run import RUNS
 from lowrank_cli.settings import COMMANDS
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
-import time
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli import __version__, console
-from lowrank_cli.errors import LowrankError, MissingError, UsageError
+from lowrank_cli import __version__, console, foreign
+from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.misfortune import unwritten
+from lowrank_cli.strict_json import dumps
 
 RUNS = Path("runs")
+NOW = "%Y-%m-%dT%H:%M:%S.%f%z"
 MODEL_FILES = ("config.json", "adapter_config.json")
+# what a run writes before it has trained anything; run.json under its temporary name too
+BEGINNINGS = re.compile(r"log\.txt|config\.yaml|targets\.json|\.lock|\.(run|targets)\.json\.\d+")
 VERSIONED = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "bitsandbytes", "peft")
 
 
@@ -34,10 +38,15 @@ class RunDir:
 
     @staticmethod
     def check(out: str | None) -> None:
-        """Raises UsageError if `out` is there and not empty: a run never overwrites anything."""
+        """Raise UsageError if `out` is there and not empty: a run never overwrites anything.
+
+        What a run leaves that was killed before its first run.json is nothing.
+        """
         path = Path(out) if out else None
-        if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            resume = f", or continue the run there: --resume {out}" if (path / "run.json").is_file() else ""
+        if path is None or not path.exists():
+            return
+        if not path.is_dir() or not all(BEGINNINGS.fullmatch(p.name) for p in path.iterdir()):
+            resume = f", or continue the run there: --resume {out}" if is_run(path) else ""
             raise UsageError(
                 f"--out {out} is not empty, and a run never overwrites anything", f"take another folder{resume}"
             )
@@ -62,9 +71,7 @@ class RunDir:
                 suffix += 1
                 path = RUNS / f"{stamp}-{name}-{suffix}"
             except OSError as error:
-                raise LowrankError(
-                    f"cannot make the run folder {path}: {error.strerror}", "choose a writable place with --out"
-                ) from None
+                raise unwritten(error, f"the run folder {path}") from None
         run = cls(path)
         console.log_to(path / "log.txt")
         run.point_latest()
@@ -79,7 +86,7 @@ class RunDir:
         """
         start = Path(path) if path else RUNS / "latest"
         for folder in (start, *start.resolve().parents[:2]):
-            if (folder / "run.json").is_file():
+            if is_run(folder):
                 return cls(folder.resolve() if folder.is_symlink() else folder)
         where = f"no run at {path}" if path else "no run under ./runs yet"
         raise MissingError(where, "train one: lowrank pretrain --method galore")
@@ -97,8 +104,8 @@ class RunDir:
             whole = [run / "model", *sorted(run.glob("checkpoints/step-*"))]
             return any((folder / file).is_file() for folder in whole for file in files)
 
-        found = [p for p in RUNS.glob("*") if not p.is_symlink() and (p / "run.json").is_file() and has_model(p)]
-        return max(found, key=lambda p: p.name, default=None)
+        found = [p for p in RUNS.glob("*") if not p.is_symlink() and is_run(p) and has_model(p)]
+        return max(found, key=started, default=None)
 
     def point_latest(self) -> None:
         """Make runs/latest point here, if the run is under ./runs."""
@@ -113,9 +120,15 @@ class RunDir:
             console.detail(f"runs/latest not updated: {error.strerror}")
 
     def record(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """What run.json holds; nothing of one that is damaged, which a warning says."""
         path = self.path / "run.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            return foreign.read_json(path)
+        except UsageError as error:
+            console.warn(f"{error.message}; it is written anew")
+            return {}
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json; written to a temporary name first, so that it is never half there."""
@@ -136,17 +149,49 @@ class RunDir:
     def finish(self, status: str, **entries: Any) -> None:
         """Write how it ended: done, failed or interrupted. A disk without room for that is a warning: what ended the
         run is said anyway."""
+        path = self.path / "run.json"
         try:
             self.update(status=status, ended=now(), **entries)
         except OSError as error:
-            console.warn(f"run.json still says that {self.path} is running: {error.strerror}")
+            try:
+                # where no second file fits beside it there may be room for the same one again
+                write_json(path, {**self.record(), "status": status, "ended": now()}, in_place=True)
+            except OSError:
+                console.warn(f"run.json still says that {self.path} is running: {error.strerror}")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run's: it has its record, or a checkpoint where that has been lost."""
+    return (folder / "run.json").is_file() or any(folder.glob("checkpoints/step-*/manifest.json"))
+
+
+def started(folder: Path) -> float:
+    """Return when a run began, in seconds since 1970: what run.json says, else the age of its config.yaml."""
+    said = RunDir(folder).record().get("started")
+    for form in (NOW, "%Y-%m-%dT%H:%M:%S"):
+        try:
+            return datetime.strptime(str(said), form).timestamp()
+        except ValueError:
+            continue
+    file = next((folder / name for name in ("config.yaml", "run.json") if (folder / name).is_file()), folder)
+    return file.stat().st_mtime
+
+
+def write_json(path: Path, content: Any, *, in_place: bool = False) -> None:
+    """Write JSON to a temporary name and flush it to disk, then rename; `in_place` where there is no room for two."""
+    temporary = path if in_place else path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("r+" if in_place else "w", encoding="utf-8") as file:
+            file.write(dumps(content, indent=2, default=str) + "\n")
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        if not in_place:
+            os.replace(temporary, path)
+    except OSError:
+        if not in_place:
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def peak_resident_bytes() -> int:
@@ -194,5 +239,5 @@ def git_commit() -> str | None:
 
 
 def now() -> str:
-    """Local time with its offset, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    """Return local time with its offset, to the microsecond: two runs may begin in one second."""
+    return datetime.now().astimezone().strftime(NOW)

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_cli import console
 from lowrank_cli.ops.precision import cut, wide
 from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.factored import factored_sign_
-from lowrank_cli.optim.projection import project, sides, unfold
-from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
+from lowrank_cli.optim.loading import Loading
+from lowrank_cli.optim.projection import project, sides
+from lowrank_cli.optim.refresh import ENGINES
+from lowrank_cli.optim.subspaces import Subspaces
 from lowrank_cli.optim.weight_norm import Direction, compose_, row_norms
 from lowrank_cli.optim.write import add_, expand_add_
 
 MOMENTS = ("keep", "align", "rotate", "reset")
 WEIGHT_NORMS = ("exact", "detached")
 
-# Q-GaLore, arXiv:2407.08296: a basis that stayed this similar twice in a row is refreshed half as often
-CALM_OVERLAP, CALM_REFRESHES = 0.4, 2
-TELL_EVERY_S = 5.0
 
 
 # options of torch's optimizers that no optimizer here has
 UNSUPPORTED = ("maximize", "amsgrad", "capturable", "differentiable", "momentum", "nesterov", "dampening", "centered")
 
 
-class ProjectedOptimizer(torch.optim.Optimizer):
+class ProjectedOptimizer(Subspaces, Loading, torch.optim.Optimizer):
     """An optimizer whose groups may carry GaLore's keys: `rank`, `update_proj_gap`, `scale`, `proj_type`.
 
     A group without `rank` is an ordinary one. In a group with `rank` the update rule runs on the projected gradient
@@ -173,7 +169,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for p in self.projected:
             # before anything moves; a refresh would stop at it half-way through the model
             if p.grad is not None and self.is_due(p) and not bool(p.grad.isfinite().all()):
-                raise FloatingPointError(f"the gradient of {self.names[p]} is not finite")
+                raise FloatingPointError(f"the gradient of {self.names[p]} is not finite at a refresh")
         with without_autocast():
             for group in self.param_groups:
                 if "rank" in group or "num_groups" in group:
@@ -198,22 +194,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     self._step_factored(p, group)
             elif p.grad is not None:
                 self._step_plain([p], group)
-
-    def is_due(self, p: Tensor) -> bool:
-        """Whether the next update of a projected parameter refreshes its basis, which takes the full gradient."""
-        return (self.state.get(p) or {}).get("until_refresh", 0) == 0
-
-    def bases(self, p: Tensor) -> dict[str, Tensor]:
-        """The bases of a projected parameter; it has some after its first update."""
-        state, layout = self.state[p], self.layouts[p]
-        return {side: layout.basis(state[f"basis_{side}"], side) for side in self.sides[p]}
-
-    def gradient_bases(self, p: Tensor) -> dict[str, Tensor]:
-        """The bases that the gradient of the weight itself is projected with, for `accumulate`."""
-        bases, layout = self.bases(p), self.layouts[p]
-        if p in self.normalised:
-            bases = self._direction(p).row_scaled(bases)
-        return bases if "left" not in bases else {**bases, "left": layout.whole_basis(bases["left"], "left")}
 
     def collect(self, p: Tensor, bases: dict[str, Tensor] | None = None) -> None:
         """Adds the projection of `.grad` to the buffer; the basis must not be due. `.grad` stays as it is. `bases` are
@@ -332,111 +312,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         self._factored_rule(p, factor, state, group, self.vectors[p]())
 
-    def _refresh(self, p: Tensor, state: dict, group: dict) -> None:
-        """New bases from the full gradient, and when the next ones are due."""
-        self.adopt(p, *self.find_bases(p, console.warn))
-
-    def dense_grad(self, p: Tensor) -> Tensor:
-        """The gradient that a refresh decomposes, this process's rows of it: `.grad`, or that of the direction."""
-        return self._direction(p).dense(p.grad) if p in self.normalised else p.grad
-
-    def whole_bases(self, p: Tensor) -> dict[str, Tensor]:
-        """The bases so far, put together; none before the first refresh."""
-        state, layout = self.state[p], self.layouts[p]
-        keys = {side: f"basis_{side}" for side in self.sides[p] if f"basis_{side}" in state}
-        return {side: layout.whole_basis(state[key], side) for side, key in keys.items()}
-
-    def find_bases(
-        self, p: Tensor, warn: Callable[[str], None], grad: Tensor | None = None,
-        old_bases: dict[str, Tensor] | None = None, engine: str | None = None,
-    ) -> tuple[dict[str, Tensor], bool, bool]:  # fmt: skip
-        """What a refresh of a projected parameter finds in its full gradient; `adopt` takes it.
-
-        Args:
-            p: its `.grad` is there.
-            warn: told if an old basis has to stay.
-            grad: what to decompose instead of `dense_grad`, where that is not the whole gradient.
-            old_bases: the whole bases so far, likewise.
-            engine: instead of the group's.
-        Returns:
-            The new bases, whether the gradient has any direction, and whether the bases have hardly moved.
-        Raises:
-            FloatingPointError: the gradient is not finite.
-        """
-        state, group = self.state[p], self.projected[p]
-        place, name = self.places[p], self.names[p]
-        self._tell(group["refresh"])
-        if grad is None and p.grad is None:
-            raise ValueError(f"the basis of {name} is due for a refresh, which needs its full gradient")
-        grad = self.dense_grad(p) if grad is None else grad
-        old_bases = self.whole_bases(p) if old_bases is None else old_bases
-        bases, calm = {}, True
-        for side in self.sides[p]:
-            old = old_bases.get(side)
-            matrix, stands = unfold(grad, side)
-            seed = zlib.crc32(f"{place} {side} {state.get('refreshes', 0) + 1}".encode())
-            bases[side] = find_basis(
-                matrix,
-                group["rank"],
-                stands,
-                engine or group["refresh"],
-                old,
-                seed=seed,
-                name=name,
-                keep_signs=group["moments"] == "align",
-                warn=warn,
-                dtype=p.dtype,
-            )
-            if old is not None:
-                calm = calm and overlap(bases[side], old) >= CALM_OVERLAP
-        self._refreshed = time.monotonic()
-        return bases, bool(grad.any()), calm
-
-    def adopt(self, p: Tensor, bases: dict[str, Tensor], alive: bool, calm: bool) -> None:
-        """Takes the result of `find_bases`: bases, moments and the clock of the next refresh."""
-        state, group = self.state[p], self.projected[p]
-        if p in self.normalised:
-            # whoever found the bases has asked for it already; another process has not
-            self._direction(p)
-        gap, place = state.get("gap", group["update_proj_gap"]), self.places[p]
-        state["refreshes"] = state.get("refreshes", 0) + 1
-        if group["lazy_refresh"]:
-            # from the first step on: what appears later is lost by those who save by the keys of a fresh state
-            state.setdefault("calm", 0)
-            state.setdefault("gap", gap)
-        again, change = any(f"basis_{side}" in state for side in bases), {}
-        if again and group["moments"] == "rotate":
-            # old^T new, (r, r)
-            wider = wide(p.dtype)
-            change = {side: old.to(wider).mT @ bases[side].to(wider) for side, old in self.whole_bases(p).items()}
-        state.update({f"basis_{side}": self.layouts[p].own_basis(new) for side, new in bases.items()})
-        if again and group["moments"] == "reset":
-            del state["step"]
-        elif change:
-            self._rotate(state, change, group)
-        if not alive:
-            # a gradient of zeros has no directions: the next one is asked again
-            state["until_refresh"] = 1
-            return
-        if group["lazy_refresh"] and again:
-            state["calm"] = state["calm"] + 1 if calm else 0
-            if state["calm"] >= CALM_REFRESHES:
-                gap, state["calm"] = 2 * gap, 0
-            state["gap"] = gap
-        # staggered: the first refresh is everyone's, the second spreads them over the gap
-        spread = 1 + place * gap // len(self.places) if group["stagger"] and not again else gap
-        state["until_refresh"] = spread
-
-    def _tell(self, engine: str) -> None:
-        """A line every few seconds while a long series of refreshes runs: an exact SVD of a 7B model takes minutes."""
-        now = time.monotonic()
-        if now - self._refreshed > 1:
-            self._told = now
-        elif now - self._told > TELL_EVERY_S:
-            left = sum(self.is_due(p) for p in self.projected)
-            console.note(f"refreshing bases ({engine}): {left} of {len(self.projected)} to go")
-            self._told = now
-
     def _step_plain(self, params: list[Tensor], group: dict) -> None:
         together: dict[tuple, list[Tensor]] = {}
         for p in params:
@@ -494,71 +369,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         rank = layout.replicas.rank if layout.is_cut else 0
         text = f"{self.names[p]} {rank} {state.get('refreshes', 0)} {state['step']}"
         return torch.Generator(p.device).manual_seed(zlib.crc32(text.encode()))
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, and float32 moments
-        of a bfloat16 weight would come back rounded.
-
-        Raises:
-            ValueError: the state is of another optimizer, or of weights of another size; nothing has changed then.
-        """
-        found: list[dict] = []
-
-        def look(_, loaded: dict) -> None:
-            # after everybody else's hooks: what they return is what is loaded
-            self._check_loaded(loaded)
-            found.append(loaded)
-
-        before = [dict(group) for group in self.param_groups]
-        handle = self.register_load_state_dict_pre_hook(look)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        for group, own in zip(self.param_groups, before, strict=True):
-            # groups of torch's own AdamW have fewer keys
-            for key, value in own.items():
-                group.setdefault(key, value)
-        for p, state, _ in self._loaded(found[0]):
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    own = self.state[p]
-                    # torch's own optimizers count steps in a tensor
-                    own[key] = int(value) if key == "step" else value.detach().to(p.device, copy=True)
-        self._index()
-
-    def _loaded(self, state_dict: dict) -> Iterator[tuple[Tensor, dict[str, Any], dict]]:
-        """Every parameter with the state and the group that a state dict has for it."""
-        params = (p for group in self.param_groups for p in group["params"])
-        numbered = ((i, group) for group in state_dict["param_groups"] for i in group["params"])
-        for p, (i, group) in zip(params, numbered, strict=False):
-            yield p, state_dict["state"].get(i, {}), group
-
-    def _check_loaded(self, state_dict: dict) -> None:
-        for p, state, group in self._loaded(state_dict):
-            if "step" not in state or self.layouts[p].is_cut or "num_groups" in group:
-                continue
-            shape = p.shape
-            if "rank" in group:
-                bases = {side: state.get(f"basis_{side}") for side in sides(p.shape, group["proj_type"])}
-                for side, basis in bases.items():
-                    height = unfold(p, side)[0].shape[1 if side == "right" else 0]
-                    if basis is None or basis.dim() != 2 or basis.shape[0] != height:
-                        there = "no basis" if basis is None else f"a basis {tuple(basis.shape)}"
-                        raise ValueError(
-                            f"the state of {self.names[p]} has {there}, and the weight is {tuple(p.shape)}"
-                        )
-                shape = project(torch.empty(p.shape, device="meta"), {k: b.to("meta") for k, b in bases.items()}).shape
-            fresh: dict[str, Any] = {}
-            self._init_state(fresh, torch.empty(shape, dtype=p.dtype, device="meta"), self.defaults | group)
-            for key, own in fresh.items():
-                there = state.get(key)
-                if not isinstance(there, Tensor) or there.shape != own.shape or there.dtype != own.dtype:
-                    what = f"{there.dtype} {tuple(there.shape)}" if isinstance(there, Tensor) else "nothing"
-                    raise ValueError(
-                        f"the state of {self.names[p]} has {what} as {key}, and {type(self).__name__} keeps "
-                        f"{own.dtype} {tuple(own.shape)} for it"
-                    )
 
 
 @contextmanager

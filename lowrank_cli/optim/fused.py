@@ -152,13 +152,24 @@ class FusedAdam:
         """As torch's; the checkpoint's kernel is taken over or told apart, see the class."""
         mine = [group["kernel"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, kernel, saved in zip(self.param_groups, mine, state_dict["param_groups"], strict=True):
-            recorded = saved.get("kernel", "torch")
+        for group, kernel in zip(self.param_groups, mine, strict=True):
+            group["kernel"] = kernel
+        self.take_kernels([group.get("kernel", "torch") for group in state_dict["param_groups"]])
+
+    def take_kernels(self, recorded: list[str] | None) -> None:
+        """Go on with the kernels that a checkpoint was made with, one for each group, or say that the numbers differ.
+
+        Args:
+            recorded: None of a checkpoint that names none.
+        """
+        if recorded is None:
+            console.warn("the checkpoint names no kernel: the run goes on with the same numbers up to rounding")
+            return
+        for group, kernel in zip(self.param_groups, recorded, strict=False):
             # a group may be empty: a model without biases
-            goes_on = self.kernel_is_auto and all(fused_step.follow(recorded, p.device) for p in group["params"][:1])
-            group["kernel"] = recorded if goes_on else kernel
-        if now := {g["kernel"] for g in self.param_groups} - {g.get("kernel", "torch") for g in
-                                                              state_dict["param_groups"]}:  # fmt: skip
+            if self.kernel_is_auto and all(fused_step.follow(kernel, p.device) for p in group["params"][:1]):
+                group["kernel"] = kernel
+        if now := {group["kernel"] for group in self.param_groups} - set(recorded):
             console.warn(
                 f"the checkpoint was made with another kernel than {', '.join(sorted(now))}: the run goes on with "
                 "the same numbers up to rounding, not bit for bit"

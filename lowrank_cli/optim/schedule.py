@@ -15,8 +15,8 @@ def build(
 ) -> Callable[[int], float]:
     """The factor of the peak learning rate as a function of the update's number, counted from 1.
 
-    Counting from 1 means that the first update is not wasted at a learning rate of zero, and that the last one is
-    made at the floor.
+    The warm-up counts the update that is made, so that the first one is not wasted at a learning rate of zero; the
+    decay counts those that have been made since, as transformers does, so that neither is the last one.
 
     Args:
         name: linear, cosine, cosine_restarts or constant.
@@ -27,7 +27,7 @@ def build(
     """
 
     def after_warmup(step: int) -> float:
-        return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min(1.0, max(0, step - 1 - warmup_steps) / max(1, total_steps - warmup_steps))
 
     def linear(step: int) -> float:
         if step < warmup_steps:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.models.sharding import local_tensor
+from lowrank_cli.ops.finite import first_non_finite
 from lowrank_cli.ops.replicas import Alone, Replicas
 from lowrank_cli.ops.shards import layout
 
@@ -146,27 +147,43 @@ def sample(p: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // SAMPLE)]
 
 
-def first_non_finite(
-    model: nn.Module, optimizer: torch.optim.Optimizer, replicas: Alone, weights_only: bool = False
+def first_broken(
+    model: nn.Module, optimizer: torch.optim.Optimizer, replicas: Alone, states: dict[str, Tensor]
 ) -> str:
-    """Which weight or gradient is not finite, in the model's order; empty if `weights_only` and all weights are.
+    """Return which value of a run is the first that is not finite; "" if all are.
 
-    Where weights are cut over processes all of them have to ask.
+    Looked at are the weights, what the optimizer and the methods keep, projected gradients and gradients, in this
+    order. Where weights are cut over processes all of them have to ask.
+
+    Args:
+        model: frozen weights were looked at when they were loaded.
+        optimizer: of the rest.
+        replicas: the processes.
+        states: the methods' own tensors, by name.
     """
-    weights = [(name, local_tensor(p)) for name, p in model.named_parameters()]
-    broken = _first_broken(weights, replicas)
-    if broken is not None:
-        return f"the first tensor with a non-finite value is the weight {broken}"
-    if weights_only:
-        return ""
-    broken = _first_broken([(name, p.grad) for name, p in named(optimizer)], replicas)
-    if broken is not None:
-        return f"the weights are finite; the first non-finite gradient is that of {broken}"
-    return "all weights and gradients are finite, so it arose in the forward pass"
-
-
-def _first_broken(tensors: list[tuple[str, Tensor | None]], replicas: Alone) -> str | None:
-    flags = [float(t is not None and not bool(torch.isfinite(t).all())) for _, t in tensors]
+    trained = named(optimizer)
+    buffers = [
+        (f"the {kind} of {name}", grads[p])
+        for kind, key in (("projected gradient", "low_rank_grads"), ("magnitude's gradient", "magnitude_grads"))
+        for name, p in trained
+        if p in (grads := getattr(optimizer, key, {}))
+    ]
+    tensors = [
+        *((f"the weight {name}", local_tensor(p)) for name, p in model.named_parameters() if p.requires_grad),
+        *(
+            (f"{key} of {name}", value)
+            for name, p in trained
+            for key, value in optimizer.state.get(p, {}).items()
+            if isinstance(value, Tensor)
+        ),
+        *((f"the method's {name}", value) for name, value in states.items()),
+        *buffers,
+        *((f"the gradient of {name}", p.grad) for name, p in trained if p.grad is not None),
+    ]
+    broken = first_non_finite(tensors)
     if replicas.sharded:
-        flags = replicas.numbers(*flags)
-    return next((name for (name, _), flag in zip(tensors, flags, strict=True) if flag), None)
+        # each has its own parts: the first that any of them has found
+        found = [name for name, _ in tensors]
+        flags = replicas.numbers(*(name == broken for name in found))
+        broken = next((name for name, flag in zip(found, flags, strict=True) if flag), "")
+    return broken

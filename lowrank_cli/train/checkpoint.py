@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_cli import foreign
 from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.misfortune import number_of, reason
 from lowrank_cli.models.sharding import whole_tensor
 from lowrank_cli.models.source import CUT
 from lowrank_cli.ops.replicas import Alone
@@ -27,6 +28,7 @@ from lowrank_cli.train import sharded_checkpoint
 from lowrank_cli.train.sharded_checkpoint import load_optimizer, parameters_of
 
 MANIFEST = "manifest.json"
+SETTINGS = "config.yaml"
 TRAINABLE = "trainable.safetensors"
 FINGERPRINT = "_lowrank_base"
 
@@ -40,7 +42,8 @@ class Progress:
     seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)  # the best evaluation so far, and its step
+    start: dict[str, float] = field(default_factory=dict)  # the evaluation before the first update
+    best: dict[str, float] = field(default_factory=dict)  # the best evaluation since, and its step
     worse: int = 0  # evaluations since then
     evaluated: int = -1  # the step of the last whole evaluation
 
@@ -54,6 +57,7 @@ def save(
     method_states: dict[str, Tensor],
     progress: Progress,
     rng: dict[str, Any],
+    settings: str,
     keep: int,
     adapter: bool = False,
     replicas: Alone,
@@ -89,6 +93,8 @@ def save(
             save_file(tensors, temporary / "optimizer.safetensors")
         save_file(method_states, temporary / "method.safetensors")
         save_file(rng["tensors"], temporary / "rng.safetensors")
+        # the checkpoint alone is enough to go on
+        (temporary / SETTINGS).write_text(settings, encoding="utf-8")
         write_json(
             temporary / "progress.json",
             {
@@ -97,22 +103,25 @@ def save(
                 "seconds": progress.seconds,
                 "data": progress.data,
                 "evaluation": progress.evaluation,
+                "start": progress.start,
                 "best": progress.best,
                 "worse": progress.worse,
                 "evaluated": progress.evaluated,
                 "python_rng": rng["python"],
                 "optimizer_numbers": numbers,
+                "kernels": [group.get("kernel", "torch") for group in optimizer.param_groups],
             },
         )
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        sizes = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in files}
-        write_json(temporary / MANIFEST, sizes)
+        write_json(temporary / MANIFEST, {p.relative_to(temporary).as_posix(): stamp(p) for p in files})
         commit(temporary, final)
     except LowrankError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not is_misfortune(error):
+            raise
         whole = newest(folder, progress.step)
         raise LowrankError(
             f"could not write the checkpoint of step {progress.step} to {folder}: {reason(error)}",
@@ -128,10 +137,15 @@ def save(
     return final
 
 
-def reason(error: Exception) -> str:
-    """What the system said, short."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return text[:1].lower() + text[1:200]
+def is_misfortune(error: Exception) -> bool:
+    """Whether an error of a writer is the disk's: each library has a class of its own for that."""
+    return isinstance(error, (OSError, SafetensorError)) or number_of(error) is not None
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """Return what the manifest keeps of a file: its size and checksum."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
@@ -166,8 +180,9 @@ def load_trainable(folder: Path, model: nn.Module) -> None:
     Raises:
         RuntimeError: other parameters train in this model, or its frozen weights are others.
     """
-    with safe_open(folder / TRAINABLE, framework="pt") as file:
-        base, found = file.metadata()["base"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with foreign.open_tensors(folder / TRAINABLE) as file:
+        base = (file.metadata() or {}).get("base")
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if found.keys() != own.keys():
         other = sorted(found.keys() ^ own.keys())[0]
@@ -193,8 +208,10 @@ def save_best(
         write_json(temporary / "step.json", {"step": step})
         save_file(method_states, temporary / "method.safetensors")
         commit(temporary, folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not is_misfortune(error):
+            raise
         raise LowrankError(
             f"could not keep the best weights in {folder}: {reason(error)}", "make room, or choose another --out"
         ) from None
@@ -206,13 +223,13 @@ def best_step(folder: Path) -> int | None:
     if not folder.exists() and aside.exists():
         os.replace(aside, folder)
     file = folder / "step.json"
-    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.is_file() else None
+    return foreign.entry(foreign.read_json(file), "step", int, file) if file.is_file() else None
 
 
 def load_best(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """Put the best weights back; returns the methods' own tensors of that moment."""
     load_trainable(folder, model)
-    return load_file(folder / "method.safetensors")
+    return foreign.read_tensors(folder / "method.safetensors")
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -231,7 +248,11 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def commit(temporary: Path, final: Path) -> None:
     """Flush a folder's files to disk and give it its name."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     for path in (*temporary.rglob("*"), temporary):
+        # safetensors makes files that the user alone may read
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -288,19 +309,22 @@ def newest(folder: Path, until: int | None = None) -> Path | None:
 
 
 def verify(path: Path) -> None:
-    """Check that every file of a checkpoint has its full length; raises UsageError naming the one that has not."""
-    try:
-        sizes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(
-            f"{path} is no whole checkpoint: {MANIFEST} is missing or unreadable", _others(path)
-        ) from None
-    for name, size in sizes.items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found:,} bytes of {size:,}"
-            raise UsageError(f"the checkpoint {path} is damaged: {name} {what}", _others(path))
+    """Check that every file of a checkpoint is as it was written; raises UsageError naming the first that is not."""
+    if not (path / MANIFEST).is_file():
+        raise UsageError(f"{path} is no whole checkpoint: {MANIFEST} is missing", _others(path))
+    for name, written in foreign.read_json(path / MANIFEST, hint=_others(path)).items():
+        file = foreign.inside(path, name, path / MANIFEST)
+        # checkpoints of before had sizes alone
+        written = written if isinstance(written, dict) else {"bytes": written}
+        if not file.is_file():
+            what = "is missing"
+        elif file.stat().st_size != written.get("bytes"):
+            what = f"has {file.stat().st_size:,} bytes of {written.get('bytes'):,}"
+        elif "sha256" in written and stamp(file)["sha256"] != written["sha256"]:
+            what = "has changed since it was written (its checksum is another one)"
+        else:
+            continue
+        raise UsageError(f"the checkpoint {path} is damaged: {name} {what}", _others(path))
 
 
 def _others(path: Path) -> str:
@@ -317,7 +341,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, replicas: Alone)
         UsageError: a file is damaged, or the checkpoint is of another model.
     """
     verify(path)
-    entries = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    entries = foreign.read_json(path / "progress.json", hint=_others(path))
     try:
         load_tensors(path, model, optimizer, replicas)
     except (RuntimeError, SafetensorError) as error:
@@ -325,10 +349,17 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, replicas: Alone)
             f"the checkpoint {path} does not fit this model: {reason(error)}",
             "resume with the configuration of the run: --resume RUN_FOLDER and nothing else",
         ) from None
-    load_numbers(optimizer, entries["optimizer_numbers"])
-    restore_rng(load_file(path / "rng.safetensors"), entries["python_rng"])
-    progress = Progress(**{f.name: entries[f.name] for f in fields(Progress) if f.name in entries})
-    return progress, load_file(path / "method.safetensors")
+    try:
+        load_numbers(optimizer, entries["optimizer_numbers"])
+        restore_rng(foreign.read_tensors(path / "rng.safetensors"), entries["python_rng"])
+        progress = Progress(**{f.name: entries[f.name] for f in fields(Progress) if f.name in entries})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the checkpoint {path} is damaged: progress.json or rng.safetensors: {reason(error)}", _others(path)
+        ) from None
+    if hasattr(optimizer, "take_kernels"):
+        optimizer.take_kernels(entries.get("kernels"))
+    return progress, foreign.read_tensors(path / "method.safetensors")
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
@@ -353,11 +384,12 @@ def load_tensors(path: Path, model: nn.Module, optimizer: Optimizer, replicas: A
     if (path / CUT).is_dir():
         sharded_checkpoint.load(path / CUT, model, optimizer, replicas)
         return
-    tensors = load_file(path / "optimizer.safetensors")
+    tensors = foreign.read_tensors(path / "optimizer.safetensors")
     if (path / TRAINABLE).is_file():
         load_trainable(path, model)
     elif replicas.sharded:
-        sharded_checkpoint.load_plain(load_file(path / "model.safetensors"), tensors, model, optimizer, replicas)
+        weights = foreign.read_tensors(path / "model.safetensors")
+        sharded_checkpoint.load_plain(weights, tensors, model, optimizer, replicas)
         return
     else:
         load_model(model, path / "model.safetensors")

@@ -12,21 +12,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_cli import console
-from lowrank_cli.errors import FAILED, INTERRUPTED, LowrankError, MissingError, UsageError
+from lowrank_cli.errors import FAILED, INTERRUPTED, LowrankError, UsageError
+from lowrank_cli.misfortune import reason
 from lowrank_cli.run import RunDir
+from lowrank_cli.train.place import Place
 
 if TYPE_CHECKING:
-    from lowrank_cli.config import RunConfig
     from lowrank_cli.ops.replicas import Replicas
 
 # for all processes to start and read their settings; the collectives later wait for --rank-timeout
@@ -37,93 +38,29 @@ LAST_WORDS_S = 3.0
 BACKENDS = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which of the processes this one is, from torchrun's environment."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    node: int
-    host: str
-    port: int
-
-    @staticmethod
-    def here() -> Place | None:
-        """None in a run of one process."""
-        env = os.environ
-        if int(env.get("WORLD_SIZE") or 1) < 2 or not all(env.get(k) for k in ("RANK", "MASTER_ADDR", "MASTER_PORT")):
-            return None
-        return Place(
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env.get("LOCAL_RANK") or env["RANK"]),
-            node=int(env.get("GROUP_RANK") or 0),
-            host=env["MASTER_ADDR"],
-            port=int(env["MASTER_PORT"]),
-        )
-
-    def device(self, wanted: str) -> str:
-        """The device of this process: its own GPU, or the CPU for all.
-
-        Raises:
-            UsageError: one GPU is named for several processes, or this machine has too few.
-            MissingError: this torch cannot communicate between GPUs.
-        """
-        import torch
-
-        if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-            return "cpu"
-        if wanted not in ("auto", "cuda"):
-            raise UsageError(
-                f"--device {wanted} is one device for {self.world_size} processes", "take --device cuda, cpu or auto"
-            )
-        count = torch.cuda.device_count()
-        if self.local_rank >= count:
-            raise UsageError(
-                f"process {self.local_rank} of this machine has no GPU of its own: there are {count}",
-                f"start {count} processes, or take --device cpu" if count else "take --device cpu",
-            )
-        if not torch.distributed.is_nccl_available():
-            raise MissingError(
-                "this torch has no NCCL, which several GPUs communicate with",
-                "install a CUDA build of torch for Linux, or take --device cpu",
-            )
-        return f"cuda:{self.local_rank}"
-
-
-def settled(config: RunConfig, place: Place | None, *, resuming: bool) -> RunConfig:
-    """The configuration with what follows from the number of processes: the total batch, so that a resume with another
-    number keeps it; and when resuming a batch that divides it.
+def reach(place: Place, timeout_s: float) -> None:
+    """Wait until rank 0 listens; PyTorch's own attempts print frames of C++ and keep to no timeout.
 
     Raises:
-        UsageError: nothing divides it.
+        LowrankError: it does not within the timeout.
     """
-    world_size = place.world_size if place else 1
-    train = config.train
-    if train.parallel == "fsdp" and max(world_size, train.nproc) == 1:
-        console.note("--parallel fsdp: one process holds the whole model; --nproc N shares it out")
-    total = train.total_batch_size
-    if total is None and world_size > 1:
-        # a run that is resumed and had no total batch was one process
-        total = train.batch_size * (1 if resuming else world_size)
-    batch = train.batch_size
-    if resuming and total is not None and total % (batch * world_size):
-        if total % world_size:
-            raise UsageError(
-                f"the run's total batch of {total} sequences cannot be shared by {world_size} processes",
-                f"resume with {_near(total, world_size)} processes",
-            )
-        share = total // world_size
-        batch = max(b for b in range(1, min(batch, share) + 1) if share % b == 0)
-        console.note(f"batches of {batch} sequences on {world_size} processes: {total} in an update, as the run began")
-    return replace(config, train=replace(train, total_batch_size=total, batch_size=batch))
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((place.host, place.port), timeout=min(5.0, timeout_s)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise unreachable(place, f"{reason(error)} for {timeout_s:g} s") from None
+        time.sleep(0.1)
 
 
-def _near(total: int, world_size: int) -> str:
-    fitting = [n for n in range(1, total + 1) if total % n == 0]
-    below, above = [n for n in fitting if n < world_size][-1:], [n for n in fitting if n > world_size][:1]
-    return " or ".join(map(str, below + above))
+def unreachable(place: Place, why: str) -> LowrankError:
+    """Return the error of a process that finds no rank 0."""
+    return LowrankError(
+        f"rank {place.rank} cannot reach rank 0 at {place.host}:{place.port}: {why}",
+        "check that it was started, and MASTER_ADDR and MASTER_PORT",
+    )
 
 
 class World:
@@ -132,33 +69,34 @@ class World:
 
     Args:
         place: of this process.
+        timeout_s: for the others to start.
     Raises:
         LowrankError: rank 0 cannot be reached.
     """
 
-    def __init__(self, place: Place):
+    def __init__(self, place: Place, timeout_s: float = JOIN_TIMEOUT_S):
         import torch.distributed as dist
 
-        self.place, self.join_timeout_s = place, float(JOIN_TIMEOUT_S)
+        self.place, self.join_timeout_s = place, min(float(JOIN_TIMEOUT_S), timeout_s)
         self.replicas: Replicas | None = None
         self.run: RunDir | None = None
-        self.set_level(console.NORMAL)
         # torchrun's agent keeps the store itself, so that it outlives every rank
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if place.rank or agents:
+            # nobody else can say that there is no rank 0
+            reach(place, self.join_timeout_s)
+        self.set_level(console.NORMAL)
         try:
             store = dist.TCPStore(
                 place.host,
                 place.port,
                 is_master=place.rank == 0 and not agents,
-                timeout=timedelta(seconds=JOIN_TIMEOUT_S),
+                timeout=timedelta(seconds=self.join_timeout_s),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
         except RuntimeError as error:
-            raise LowrankError(
-                f"rank {place.rank} cannot reach rank 0 at {place.host}:{place.port}: {_short(error)}",
-                "check that it was started, and MASTER_ADDR and MASTER_PORT",
-            ) from None
+            raise unreachable(place, _short(error)) from None
         # torchrun starts failed workers again at its user's wish: what the first ones have left is not for them
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"lowrank/{attempt}", store)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError
-from lowrank_cli.models.source import ADAPTER, place
+from lowrank_cli.misfortune import reason
+from lowrank_cli.models.source import place
 from lowrank_cli.ops.shards import full_numel
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
-from lowrank_cli.train.objective import mean_line
+from lowrank_cli.train.objective import is_better, mean_line
 from lowrank_cli.train.setup import head_of, head_parameters
 
 if TYPE_CHECKING:
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 def finish(session: Session) -> dict[str, Any]:
     """Write model/ and return what came of the run."""
     run, progress = session.run, session.progress
+    judge(session)
     kept = checkpoint.best_step(run.path / "best") if progress.best else None
     if kept is not None and kept != progress.best["step"]:
         console.warn(
@@ -38,17 +44,18 @@ def finish(session: Session) -> dict[str, Any]:
         progress.evaluation = {k: v for k, v in progress.best.items() if k != "step"}
     task = session.config.task
     merging = session.adapter is None or task.merge
-    reread = merging and task is not None and task.quantize is not None
     for leftover in run.path.glob(".model.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = run.path / f".model.{os.getpid()}"
     try:
-        if not merging or reread:
+        if session.adapter is not None:
+            # on disk before a merge is tried, which may fail
             write_adapter(session, temporary)
+            checkpoint.commit(temporary, run.model)
         if merging:
-            merge(session, temporary)
-        shutil.rmtree(run.model, ignore_errors=True)
-        checkpoint.commit(temporary, run.model)
+            with keeping_adapter(session):
+                merge(session, temporary, run.model)
+                checkpoint.commit(temporary, run.model)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     trainable = sum(full_numel(p) for group in session.optimizer.param_groups for p in group["params"])
@@ -65,6 +72,7 @@ def finish(session: Session) -> dict[str, Any]:
         "steps": progress.step,
         "tokens": progress.tokens,
         **{f"validation_{key}": value for key, value in progress.evaluation.items()},
+        "best_step": int(progress.best["step"]) if kept is not None else None,
         "train_seconds": round(progress.seconds, 1),
         "peak_memory_bytes": peak_memory(session.device),
         **estimated_memory(session),
@@ -108,16 +116,60 @@ def write_adapter(session: Session, folder: Path) -> None:
     session.data.tokenizer.save_pretrained(folder)
 
 
-def merge(session: Session, folder: Path) -> None:
-    """Turn the model into a plain one and write it; a 4-bit base is read again in full precision first."""
-    if (folder / ADAPTER).is_file():
+def judge(session: Session) -> None:
+    """Look at what would be handed back: the best weights of a task, else the last ones.
+
+    Raises:
+        LowrankError: training diverged: they are worse by two nats than before the first update.
+    """
+    progress, metric = session.progress, session.objective.best
+    start, end = progress.start, {k: v for k, v in (progress.best or progress.evaluation).items() if k != "step"}
+    if not start or not end or not progress.step:
+        return
+    # e^2 times the perplexity, or the odds of a class; a squared error has no unit, so it is e^2 times that
+    bound = start["loss"] + 2 if session.objective.in_nats else math.e**2 * start["loss"]
+    if not end["loss"] <= bound:
+        raise LowrankError(
+            f"training diverged: {mean_line(start)} before the first update, {mean_line(end)} at its best after it; "
+            "model/ is not written",
+            f"start again with a lower --lr than {session.config.optim.lr:g}, --grad-clipping 1.0 or a longer "
+            "--warmup-steps",
+        )
+    if session.config.task is not None and not is_better(end, start, *metric):
+        console.warn(f"training did not improve on its start: {mean_line(start)} there, {mean_line(end)} now")
+
+
+@contextmanager
+def keeping_adapter(session: Session) -> Iterator[None]:
+    """Say where what was trained is if its merge fails."""
+    try:
+        yield
+    except (OSError, LowrankError, RuntimeError, SafetensorError) as error:
+        if session.adapter is None:
+            raise
+        raise LowrankError(
+            f"the adapter is whole, but merging it failed: {reason(error)}",
+            f"the adapter is in {session.run.model}; make room and resume the run to merge it: "
+            f"--resume {session.run.path}",
+        ) from error
+
+
+def merge(session: Session, folder: Path, adapter: Path) -> None:
+    """Turn the model into a plain one and write it; a 4-bit base is read again in full precision first.
+
+    Args:
+        session: of the run.
+        folder: to be made.
+        adapter: where the adapter was saved.
+    """
+    task = session.config.task
+    if session.adapter is not None and task.quantize is not None:
         from lowrank_cli.models import load
 
         dtype = session.model.dtype if session.model.dtype.is_floating_point else torch.float32
         head = head_of(session.data)
-        source = replace(place(session.base, offline=session.config.common.offline), adapter=str(folder))
+        source = replace(place(session.base, offline=session.config.common.offline), adapter=str(adapter))
         session.model = load.load_weights(source, dtype, head=head).to(session.device)
-        shutil.rmtree(folder)
     else:
         for part in session.parts:
             part.merge(session.model)
@@ -183,7 +235,8 @@ def summary(result: dict[str, Any]) -> str:
         console.note("next:")
     for command in commands:
         console.note(f"  {command}")
-    return f"validation {line.partition(' (')[0]} after {trained}: {result['model']}"
+    best = f", the best of step {result['best_step']}" if result.get("best_step") is not None else ""
+    return f"validation {line.partition(' (')[0]} after {trained}{best}: {result['model']}"
 
 
 def memory_line(result: dict[str, Any]) -> str:

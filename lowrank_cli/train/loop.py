@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli import console, methods, plots
-from lowrank_cli.config import RunConfig
+from lowrank_cli.config import RunConfig, to_yaml
 from lowrank_cli.errors import Interrupted, LowrankError
 from lowrank_cli.models.sharding import reshard, reunite
 from lowrank_cli.ops.replicas import Alone
@@ -75,8 +75,21 @@ class Session:
         for m in self.parts:
             m.load_state(self.model, {k.partition("|")[2]: v for k, v in states.items() if k.startswith(f"{m.name}|")})
 
+    def check(self) -> None:
+        """Raise LowrankError unless all that a checkpoint would hold is finite; all processes call it."""
+        broken = audit.first_broken(self.model, self.optimizer, self.replicas, self.states)
+        if broken:
+            raise LowrankError(
+                f"{broken} holds a value that is not finite after step {self.progress.step}", way_out(self)
+            )
+
     def save(self) -> None:
-        """Write a checkpoint of the last whole update; what the processes hold alike has to be the same on each."""
+        """Write a checkpoint of the last whole update; what the processes hold alike has to be the same on each.
+
+        Raises:
+            LowrankError: a value is not finite, or it could not be written.
+        """
+        self.check()
         if self.replicas.world_size > 1:
             audit.check_replicas(self.replicas, self.optimizer, self.progress.step)
         adapter = self.adapter is not None
@@ -90,6 +103,7 @@ class Session:
             method_states=self.states,
             progress=self.progress,
             rng=self.rng,
+            settings=to_yaml(self.config),
             keep=self.config.train.keep,
             adapter=adapter,
             replicas=self.replicas,
@@ -149,7 +163,13 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         gradients = kind(session.model, session.optimizer, **how, replicas=replicas)
     session.mark()
     reporter = (Reporter if replicas.is_main else Follower)(
-        run, config, total=steps.steps, progress=progress, device=session.device, causal=session.objective.causal
+        run,
+        config,
+        total=steps.steps,
+        progress=progress,
+        device=session.device,
+        causal=session.objective.causal,
+        resumed=resume is not None,
     )
     with Stop(replicas) as stop, reporter as report:
         due = progress.step % steps.eval_every == 0 or progress.step == steps.steps
@@ -241,21 +261,28 @@ def clip(session: Session, gradients: Gradients) -> float | None:
 
 
 def not_finite(session: Session, what: str) -> LowrankError:
-    """The end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
+    """Return the end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
+    broken = audit.first_broken(session.model, session.optimizer, session.replicas, session.states)
+    where = (
+        f"the first tensor with a non-finite value is {broken}"
+        if broken
+        else "all weights, moments and gradients are finite, so it arose in the forward pass"
+    )
+    return LowrankError(f"{what} at step {session.progress.step + 1}; {where}", way_out(session))
+
+
+def way_out(session: Session) -> str:
+    """Return what to do when numbers broke; what a checkpoint holds was looked at before it was written."""
     whole = checkpoint.newest(session.run.checkpoints, session.progress.step)
     # nothing else can begin from the checkpoint of an adapter, which has no base with it, or from one that is cut
     flag = "--continue-from" if session.config.command == "pretrain" else "--model"
     good = f"{whole} is good: go on from it with {flag} {whole}" if whole else "there is no earlier checkpoint"
     good = "start again" if session.adapter is not None or session.replicas.sharded else good
-    where = audit.first_non_finite(session.model, session.optimizer, session.replicas)
-    return LowrankError(
-        f"{what} at step {session.progress.step + 1}; {where}",
-        f"{good}; a lower --lr, --grad-clipping 1.0 or a longer --warmup-steps may help",
-    )
+    return f"{good}; a lower --lr, --grad-clipping 1.0 or a longer --warmup-steps may help"
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: the first asks for a checkpoint and an orderly end, the second ends at once.
+    """Ctrl-C, SIGTERM, a lost terminal: the first asks for a checkpoint and an orderly end, the second ends at once.
 
     Of several processes one that is asked is enough; all end after the same update.
     """
@@ -265,7 +292,11 @@ class Stop:
         self.replicas = replicas
 
     def __enter__(self) -> Stop:
-        self.previous = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        asking = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            # nohup means that a run outlives its terminal
+            asking.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self.ask) for number in asking}
         return self
 
     def __exit__(self, *_) -> None:
@@ -294,9 +325,6 @@ class Stop:
             self._end(session)
 
     def _end(self, session: Session) -> None:
-        broken = audit.first_non_finite(session.model, session.optimizer, session.replicas, weights_only=True)
-        if broken:
-            raise not_finite(session, "asked to stop, but the weights are broken")
         step = session.progress.step
         if step:
             session.save()
@@ -315,18 +343,22 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     )
     progress = session.progress
     progress.evaluation, progress.evaluated = values, progress.step
+    if progress.step == 0:
+        progress.start = values
     if session.replicas.sharded:
         reshard(session.model)
     report.evaluation(values, mean_line(values))
-    if session.config.task is None:
+    if session.config.task is None or progress.step == 0:
+        # what was not trained is never the best
         return
-    metric, higher = session.objective.best
-    if is_better(values[metric], progress.best.get(metric), higher):
-        progress.best, progress.worse = {**values, "step": progress.step}, 0
+    better = not progress.best or is_better(values, progress.best, *session.objective.best)
+    progress.worse = 0 if better else progress.worse + 1
+    # of two that are as good the later one has seen more
+    if better or not is_better(progress.best, values, *session.objective.best):
+        session.check()
+        progress.best = {**values, "step": progress.step}
         if session.config.task.keep_best:
             keep_best(session)
-    else:
-        progress.worse += 1
 
 
 def keep_best(session: Session) -> None:

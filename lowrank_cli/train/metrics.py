@@ -18,6 +18,7 @@ from lowrank_cli import console
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import MissingError, unknown
 from lowrank_cli.run import RunDir, peak_resident_bytes
+from lowrank_cli.strict_json import dumps
 
 SINKS = ("tensorboard", "wandb", "trackio")
 
@@ -26,31 +27,33 @@ class Metrics:
     """One line of metrics.jsonl for each report, copied to the chosen loggers.
 
     Args:
-        path: metrics.jsonl; lines after `resume_step` are dropped, since that part of the run is done again.
+        path: metrics.jsonl; lines after `resume_step` are dropped, since that part of the run is done again, and what
+            is no line of ours.
         log: comma-separated names of further loggers.
         name: the run's name there.
         config: the configuration, for those that keep it.
-        resume_step: the step that the run goes on from; 0 for a new one.
+        resume_step: the step that the run goes on from; -1 for one that begins.
     """
 
-    def __init__(self, path: Path, *, log: str, name: str, config: dict[str, Any], resume_step: int = 0):
+    def __init__(self, path: Path, *, log: str, name: str, config: dict[str, Any], resume_step: int = -1):
         self.path = path
         names = check_sinks(log)
         if path.exists():
-            lines = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line)["step"] <= resume_step
-            ]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            steps = [step_of(line) for line in lines]
+            if broken := sum(step is None for step in steps[:-1]):
+                # the last one may be what a kill has cut off
+                console.warn(f"{path}: {broken} damaged lines are left out")
+            kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= resume_step]
             temporary = path.with_name(f".{path.name}")
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text("".join(kept), encoding="utf-8")
             temporary.replace(path)
         self.file = path.open("a", encoding="utf-8")
         self.sinks = [open_sink(sink, path.parent, name, config) for sink in names]
 
     def write(self, step: int, **values: Any) -> None:
         """Report values at a step."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for sink in self.sinks:
             sink.write(step, values)
@@ -60,6 +63,15 @@ class Metrics:
         self.file.close()
         for sink in self.sinks:
             sink.close()
+
+
+def step_of(line: str) -> int | None:
+    """Return the step of a line of metrics.jsonl; None if it is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) and line.endswith("\n") else None
 
 
 def check_sinks(log: str) -> list[str]:
@@ -129,17 +141,19 @@ class Reporter:
         progress: Any,
         device: torch.device,
         causal: bool = True,
+        resumed: bool = False,
     ):
         self.progress, self.total, self.device, self.causal = progress, total, device, causal
         self.metrics = Metrics(
-            run.metrics, log=config.train.log, name=run.path.name, config=config.flat(), resume_step=progress.step
-        )
+            run.metrics, log=config.train.log, name=run.path.name, config=config.flat(),
+            resume_step=progress.step if resumed else -1,
+        )  # fmt: skip
         self.bar: Progress | None = None
         if console.is_live():
             self.bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("step {task.completed}/{task.total}", markup=False),
                 BarColumn(bar_width=20),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 TimeRemainingColumn(compact=True),
                 console=console.stderr,
                 transient=True,

@@ -22,6 +22,8 @@ class Causal:
     """Next-token cross-entropy over the tokens that have a label."""
 
     causal = True
+    # whether the loss is a cross-entropy
+    in_nats = True
 
     def __init__(self, data: Any = None):
         # running text has no metric of its own
@@ -79,6 +81,7 @@ class Classification(Causal):
     def __init__(self, data: Any):
         super().__init__(data)
         self.kind: str = data.kind
+        self.in_nats = data.kind == "classification"
 
     def targets(self, batches: list[Batch]) -> int:
         return sum(len(batch["labels"]) for batch in batches)
@@ -97,9 +100,11 @@ def _tokens(batch: Batch) -> int:
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
-def is_better(value: float, than: float | None, higher: bool) -> bool:
-    """Whether an evaluation is the best so far."""
-    return than is None or (value > than if higher else value < than)
+def is_better(values: dict[str, float], than: dict[str, float], metric: str, higher: bool) -> bool:
+    """Return whether an evaluation is better than another by its metric, or by the loss where that is the same."""
+    if values[metric] != than[metric]:
+        return values[metric] > than[metric] if higher else values[metric] < than[metric]
+    return values["loss"] < than["loss"]
 
 
 def mean_line(values: dict[str, float]) -> str:

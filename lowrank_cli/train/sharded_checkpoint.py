@@ -14,14 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli import foreign
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.models.sharding import is_cut, load_whole
 from lowrank_cli.ops.replicas import Alone, Replicas, rows_of
 from lowrank_cli.ops.shards import layout, own_rows
 
 MODEL, OPTIMIZER = "model.", "optimizer."
+METADATA = ".metadata"
 # elements of a block of 8-bit moments, and the end of the name of its scales
 BLOCK, SCALE = 256, "_scale"
+# what the list of tensors is made of, by module
+_PARTS = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}  # fmt: skip
+CLASSES = frozenset((module, name) for module, names in _PARTS.items() for name in names)
 
 
 def write(
@@ -63,11 +79,43 @@ def write(
         ) from None
 
 
-def check_whole(folder: Path) -> None:
-    """Raises LowrankError if a file of a process is not in the folder: it was written to a disk of its own."""
+def metadata(folder: Path) -> Any:
+    """Return what a folder of torch.distributed.checkpoint holds, without executing anything.
+
+    PyTorch writes it as a pickle and reads it as one, which runs whatever a file asks for: here only the classes that
+    it consists of are admitted, and the files that it names lie in the folder.
+
+    Raises:
+        UsageError: it asks for something else, or is damaged.
+    """
+    path = folder / METADATA
+    with foreign.reading(path, "the list of a checkpoint's tensors", foreign.AGAIN), path.open("rb") as file:
+        found = foreign.Unpickler(file, CLASSES, path).load()
+        if type(found).__name__ != "Metadata":
+            raise ValueError(f"it is {type(found).__name__}")
+        for entry in found.storage_data.values():
+            foreign.inside(folder, entry.relative_path, path)
+    return found
+
+
+def reader(folder: Path) -> Any:
+    """Return PyTorch's reader of a folder, which gets the list of tensors from `metadata`."""
     import torch.distributed.checkpoint as dcp
 
-    stored = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            found = metadata(folder)
+            if found.storage_meta is None:
+                found.storage_meta = dcp.metadata.StorageMeta()
+            found.storage_meta.load_id = self.load_id
+            return found
+
+    return Reader(folder)
+
+
+def check_whole(folder: Path) -> None:
+    """Raises LowrankError if a file of a process is not in the folder: it was written to a disk of its own."""
+    stored = metadata(folder).storage_data.values()
     missing = sorted({entry.relative_path for entry in stored if not (folder / entry.relative_path).is_file()})
     if missing:
         raise LowrankError(
@@ -85,7 +133,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, repli
     """
     import torch.distributed.checkpoint as dcp
 
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = metadata(folder).state_dict_metadata
     shapes = {key: entry.size for key, entry in saved.items()}
     parameters = parameters_of(optimizer)
     state: dict[str, Any] = {}
@@ -110,7 +158,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, repli
         else:
             state[key] = ours[wanted] = torch.empty(entry.size, dtype=dtype, device=p.device)
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=mesh is None)
+        dcp.load(state, storage_reader=reader(folder), no_dist=mesh is None)
     except dcp.CheckpointException as error:
         failure, _ = next(iter(error.failures.values()))
         raise RuntimeError(f"{type(failure).__name__}: {failure}") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowrank_cli import config, methods
+from lowrank_cli import config, foreign, methods
 from lowrank_cli.errors import UsageError
 from lowrank_cli.settings import COMMANDS
 
@@ -124,7 +124,7 @@ def test_printed_configuration_is_read_back(lowrank):
 @pytest.mark.parametrize("name", sorted(config.preset_names()))
 def test_every_preset_resolves(name):
     path = config.preset_path(name)
-    content = config.read_yaml(path)
+    content = foreign.read_yaml(path)
     resolved = config.resolve(content["command"], {}, {}, preset=name)
     flat = resolved.flat()
     for key, value in content.items():

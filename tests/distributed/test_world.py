@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from watched import written
 
 from lowrank_cli.errors import MissingError
-from lowrank_cli.train.distributed import Place
+from lowrank_cli.train.place import Place
 
 GALORE = "--method galore --galore-rank 8 --galore-update-proj-gap 7 --eps 1e-3"
 

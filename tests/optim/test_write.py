@@ -119,7 +119,7 @@ def test_every_class_that_a_command_builds_has_the_adam_of_torch(tags, setting, 
     factors = [torch.randn(6, 2, dtype=torch.float64, generator=draw) for _ in range(8)]
     vector = torch.nn.functional.normalize(torch.randn(3, dtype=torch.float64, generator=draw), dim=0)
     grads = [torch.kron(factor, vector[None]) for factor in factors]
-    monkeypatch.setattr("lowrank_cli.optim.base.find_basis", lambda *a, **k: torch.eye(6, dtype=torch.float64))
+    monkeypatch.setattr("lowrank_cli.optim.subspaces.find_basis", lambda *a, **k: torch.eye(6, dtype=torch.float64))
     weight = torch.nn.Parameter(start.clone())
     config = OptimConfig(lr=lr, eps=eps, kernel="torch", **setting)
     optimizer = build(config, [{"params": [("w", weight)], "weight_decay": decay, **tags}])

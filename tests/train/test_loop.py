@@ -221,12 +221,20 @@ def continued(lowrank, model: Path, text: str) -> tuple[float, float]:
 
 class TestSchedule:
     @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_restarts"])
-    def test_rises_to_the_peak_and_ends_on_the_floor(self, name):
+    def test_rises_to_the_peak_and_falls_to_the_floor(self, name):
         factor = schedule.build(name, warmup_steps=10, total_steps=100, min_lr_ratio=0.1, num_cycles=3)
         assert factor(1) == pytest.approx(0.1)
         assert factor(10) == pytest.approx(1.0)
-        assert factor(100) == pytest.approx(0.1)
-        assert all(0 < factor(s) <= 1 for s in range(1, 101))
+        assert factor(11) == pytest.approx(1.0)
+        assert factor(101) == pytest.approx(0.1)
+        assert all(0 < factor(s) <= 1 for s in range(1, 102))
+
+    @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_restarts", "constant"])
+    @pytest.mark.parametrize("steps", [1, 2, 17])
+    def test_no_update_is_wasted_at_a_rate_of_zero(self, name, steps):
+        factor = schedule.build(name, warmup_steps=0, total_steps=steps, min_lr_ratio=0.0, num_cycles=1)
+        assert factor(1) == 1
+        assert all(factor(s) > 0 for s in range(1, steps + 1))
 
     @pytest.mark.parametrize("warmup", [0, 7])
     def test_formulas_are_those_of_transformers(self, warmup):
@@ -240,18 +248,20 @@ class TestSchedule:
         for name, floor in (("linear", 0.0), ("cosine", 0.1)):
             ours = schedule.build(name, warmup_steps=warmup, total_steps=50, min_lr_ratio=floor, num_cycles=1)
             for step in range(1, 51):
-                assert ours(step) == pytest.approx(theirs[name](step), rel=1e-12, abs=1e-15)
+                # theirs counts the updates before this one; while the rate rises, ours counts this one too
+                counted = step if step <= warmup else step - 1
+                assert ours(step) == pytest.approx(theirs[name](counted), rel=1e-12, abs=1e-15)
 
     def test_cosine_is_the_papers(self):
         factor = schedule.build("cosine", warmup_steps=10, total_steps=110, min_lr_ratio=0.1, num_cycles=1)
-        for step in range(10, 111):
-            expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 100))
-            assert factor(step) == pytest.approx(expected, rel=1e-12)
+        for done in range(10, 110):
+            expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (done - 10) / 100))
+            assert factor(done + 1) == pytest.approx(expected, rel=1e-12)
 
     def test_restarts_go_back_to_the_peak(self):
         factor = schedule.build("cosine_restarts", warmup_steps=0, total_steps=90, min_lr_ratio=0.0, num_cycles=3)
-        assert [factor(30), factor(60)] == pytest.approx([1.0, 1.0])
-        assert factor(29) < 0.01
+        assert [factor(31), factor(61)] == pytest.approx([1.0, 1.0])
+        assert factor(30) < 0.01
 
     def test_no_warmup_starts_at_the_peak(self):
         for name in ("linear", "constant", "cosine_restarts"):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -111,9 +112,7 @@ def test_resumed_run_continues_the_newest_without_a_path(lowrank, tiny_flags):
     assert after.split(":")[0] == before.split(":")[0]
     record = json.loads(Path("runs/latest/run.json").read_text())
     assert record["result"]["validation_perplexity"] > 1
-    assert len(record["resumes"]) == 1
-    assert "resumed from" in err
-    assert "at step 6 of 6" in err
+    assert "nothing is left to do" in err
 
 
 def test_changed_settings_are_listed(lowrank, tiny_flags):
@@ -127,6 +126,7 @@ def test_changed_settings_are_listed(lowrank, tiny_flags):
 
 def test_truncated_checkpoint_is_named(lowrank, tiny_flags):
     assert lowrank("pretrain --max-steps 4 --out run", *tiny_flags, "--save-every", 2)[0] == 0
+    shutil.rmtree("run/model")  # one that has ended has nothing to resume
     file = Path("run/checkpoints/step-000004/optimizer.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     before = sorted(p.name for p in Path("run").rglob("*"))
