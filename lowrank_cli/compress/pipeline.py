@@ -6,6 +6,7 @@ Everything is made in memory first; the folder of the result gets the model unde
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import time
@@ -23,6 +24,7 @@ from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.svd_dump import cached_values
 from lowrank_cli.errors import LowrankError
 from lowrank_cli.evaluate.perplexity import perplexity
+from lowrank_cli.evaluate.scoring import not_numbers
 from lowrank_cli.models.lowrank_linear import low_rank_linears, replace_linear, weight_of
 from lowrank_cli.models.lowrank_quantizer import densify, mark
 from lowrank_cli.ops.finite import first_non_finite
@@ -142,6 +144,8 @@ def measure(model: nn.Module, text: list[Tensor]) -> dict[str, float]:
         return found
     console.note("measuring perplexity")
     outcome = perplexity(model, ({"input_ids": ids, "labels": ids} for ids in text))
+    if not math.isfinite(outcome.loss):
+        raise not_numbers()
     device = next(model.parameters()).device
     times, began = [], time.perf_counter()
     with torch.no_grad():
