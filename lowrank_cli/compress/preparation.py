@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lowrank_cli import console, foreign, methods
+from lowrank_cli import console, methods
 from lowrank_cli.compress import streaming
 from lowrank_cli.compress.decomposition import Targets, already_compressed, find_targets
 from lowrank_cli.compress.files import read_spectra
@@ -23,7 +23,6 @@ from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD
 from lowrank_cli.models.source import Source, locate
-from lowrank_cli.ops.finite import refuse_non_finite
 from lowrank_cli.svd.rank_selection import Spectra
 
 if TYPE_CHECKING:
@@ -102,7 +101,6 @@ def outline(config: RunConfig) -> Outline:
     part = compressing(config)
     source = locate(config.model, offline=config.common.offline)
     architecture = models.config_of(config.model, offline=config.common.offline)
-    foreign.refuse_codes(architecture.to_dict(), source.location)
     if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"{source.name} is not a causal language model: {architecture.model_type}",
@@ -163,7 +161,6 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
         seed=config.common.seed,
         offline=config.common.offline,
     ).eval()
-    refuse_non_finite(about.source.name, model.named_parameters())
     targets = Targets({}, {})
     if not about.merging:
         targets = find_targets(model)

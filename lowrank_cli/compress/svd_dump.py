@@ -90,7 +90,6 @@ class Reader:
                 seed=config.common.seed,
                 offline=config.common.offline,
             ).eval()
-            refuse_non_finite(self.source.name, self.model.named_parameters())
             self.files = {}
             self.linears = find_targets(self.model).linears
             self.shapes = {name: shape_of(module) for name, module in self.linears.items()}
@@ -192,8 +191,6 @@ def prepare(config: RunConfig) -> Dump:
     """Find the weights and the text; whatever is wrong with them shows here."""
     console.quiet_libraries()
     source = locate(config.model, offline=config.common.offline)
-    architecture = models.config_of(config.model, offline=config.common.offline)
-    foreign.refuse_codes(architecture.to_dict(), source.location)
     reader = Reader(source, config)
     if config.spectra.published and len({files.place_of(name) for name in reader.shapes}) < len(reader.shapes):
         raise UsageError(
