@@ -12,7 +12,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # the same numbers as other processors would compute them
 PROCESSORS := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2
 
-.PHONY: demo test test-slow test-portable golden check bench clean
+.PHONY: demo test test-slow test-portable golden torture check bench clean
 
 demo: $(INSTALLED)  ## train a small LLaMA with GaLore on real text, about two minutes on two cores
 	$(BIN)/lowrank pretrain --method galore
@@ -32,6 +32,9 @@ test-portable: $(TESTABLE)  ## the numerical ones, as other processors would com
 
 golden: $(TESTABLE)  ## make golden REV=main~1: this tree trains what that one does, bit for bit
 	$(BIN)/python tests/golden/compare.py $(REV)
+
+torture: $(TESTABLE)  ## kills, full disks, broken numbers, bad input; TORTURE="--part kills --scale 0.1" for less
+	$(BIN)/python tests/torture/run.py $(TORTURE)
 
 check: $(TESTABLE)  ## style
 	$(BIN)/ruff check .
