@@ -69,6 +69,9 @@ def _run(
     if call.print_config:
         console.output(to_yaml(resolved).rstrip())
         return
+    from lowrank_cli.train.prepare import fitted, prepare
+
+    resolved = fitted(resolved)
     if call.dry_run or call.memory_budget:
         from lowrank_cli.train import dry
 
@@ -92,7 +95,6 @@ def _run(
         distributed.launch(resolved.train.nproc, list(argv))
         return
     from lowrank_cli.train.finish import summary
-    from lowrank_cli.train.prepare import prepare
 
     placed = resolved
     if world is not None:

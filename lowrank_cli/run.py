@@ -20,7 +20,7 @@ from lowrank_cli.strict_json import dumps
 
 RUNS = Path("runs")
 NOW = "%Y-%m-%dT%H:%M:%S.%f%z"
-MODEL_FILES = ("config.json", "adapter_config.json")
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 # what a run writes before it has trained anything; run.json under its temporary name too
 BEGINNINGS = re.compile(r"log\.txt|config\.yaml|targets\.json|\.lock|\.(run|targets)\.json\.\d+")
 VERSIONED = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "bitsandbytes", "peft")
@@ -93,16 +93,15 @@ class RunDir:
 
     @staticmethod
     def newest_with_model(*, plain: bool = False) -> Path | None:
-        """The newest run under ./runs that has a model or a checkpoint; None if there is none.
+        """The run under ./runs that began last and has a language model or a checkpoint of one; None if there is none.
 
         Args:
             plain: adapters do not count.
         """
-        files = MODEL_FILES[:1] if plain else MODEL_FILES
 
         def has_model(run: Path) -> bool:
             whole = [run / "model", *sorted(run.glob("checkpoints/step-*"))]
-            return any((folder / file).is_file() for folder in whole for file in files)
+            return any(is_language_model(folder, plain=plain) for folder in whole)
 
         found = [p for p in RUNS.glob("*") if not p.is_symlink() and is_run(p) and has_model(p)]
         return max(found, key=started, default=None)
@@ -163,6 +162,17 @@ class RunDir:
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run's: it has its record, or a checkpoint where that has been lost."""
     return (folder / "run.json").is_file() or any(folder.glob("checkpoints/step-*/manifest.json"))
+
+
+def is_language_model(folder: Path, *, plain: bool = False) -> bool:
+    """Return whether a folder holds a language model, or an adapter of one unless it has to be `plain`.
+
+    A classifier is no model for the other commands, which took the newest run's in its place.
+    """
+    adapter, config = (folder / name for name in (ADAPTER, CONFIG))
+    if adapter.is_file():
+        return not plain and '"SEQ_CLS"' not in adapter.read_text(encoding="utf-8", errors="replace")
+    return config.is_file() and "ForSequenceClassification" not in config.read_text(encoding="utf-8", errors="replace")
 
 
 def started(folder: Path) -> float:

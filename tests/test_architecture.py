@@ -98,3 +98,33 @@ def test_docs_name_every_setting_of_a_method(name):
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
     for f in fields(methods.get(name).Config):
         assert f"`{key_of(f)}`" in page or f"`--{name}-{key_of(f).replace('_', '-')}`" in page, key_of(f)
+
+
+# what parses a file that may be another program's, and the one module that may call it
+PARSERS = {"from_pretrained", "load_file", "safe_open", "safe_load", "read_metadata", "full_load", "unsafe_load"}
+MODULES = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("yaml", "load"), ("json", "load")}
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_foreign_files_are_opened_at_the_gate_alone(path):
+    if path.name == "foreign.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            function = node.func
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            owner = function.value if isinstance(function, ast.Attribute) else None
+            if isinstance(owner, ast.Name) and owner.id == "foreign":
+                continue
+            assert name not in PARSERS, f"{path}:{node.lineno} calls {name}"
+            assert (getattr(owner, "id", ""), name) not in MODULES, f"{path}:{node.lineno} calls {owner.id}.{name}"
+
+
+def test_the_gate_never_runs_a_folders_code():
+    source = (PACKAGE / "foreign.py").read_text(encoding="utf-8")
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    loads = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr in {"from_pretrained", "load"}]
+    values = {(k.arg, getattr(k.value, "value", None)) for call in loads for k in call.keywords}
+    assert {("trust_remote_code", False), ("weights_only", True)} <= values
+    assert "weights_only=False" not in source
+    assert "trust_remote_code=True" not in source

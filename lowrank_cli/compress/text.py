@@ -19,6 +19,7 @@ from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.foreign import read_yaml
 from lowrank_cli.models import load as models
+from lowrank_cli.models.architecture import check_length, positions
 from lowrank_cli.models.source import Source
 
 if TYPE_CHECKING:
@@ -89,14 +90,10 @@ def window_length(config: PretrainedConfig, asked: int | None, own: DataConfig |
     Raises:
         UsageError: more was asked for than it has.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    positions = positions if isinstance(positions, int) else 1 << 30
-    if asked is not None and asked > positions:
-        raise UsageError(
-            f"windows of {asked} tokens are too long for a model of {positions} positions",
-            f"take --max-length {positions}, or drop it",
-        )
-    return min(own.max_length if own else LENGTH, positions) if asked is None else asked
+    if asked is not None:
+        check_length(config, asked, "windows")
+        return asked
+    return min(own.max_length if own else LENGTH, positions(config) or 1 << 30)
 
 
 def windows(

@@ -1,12 +1,12 @@
 """The tokenizer of a run: a given one, the model's own, or a byte-level BPE trained on the dataset once and cached."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lowrank_cli import foreign
 from lowrank_cli.config import DataConfig
 from lowrank_cli.data.cache import cached_folder, fingerprint
 from lowrank_cli.data.documents import Source
@@ -50,7 +50,7 @@ def load_tokenizer(
     if name is not None:
         return named_tokenizer(name, offline=offline)
     folder = _trained(source, config.vocab_size, status)
-    return _usable(PreTrainedTokenizerFast.from_pretrained(folder), "the trained tokenizer")
+    return _usable(foreign.from_pretrained(PreTrainedTokenizerFast, folder), "the trained tokenizer")
 
 
 def named_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerFast:
@@ -117,7 +117,11 @@ def _beginning(source: Source) -> Iterator[str]:
 def _named(name: str, offline: bool) -> PreTrainedTokenizerFast:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        foreign.check_gguf(path)
+        with foreign.reading(path, "a GGUF file with a tokenizer", "fetch it again, or name another with --tokenizer"):
+            return foreign.from_pretrained(
+                AutoTokenizer, path.parent, gguf_file=path.name, local_files_only=True
+            )  # fmt: skip
     if path.is_file():
         return _from_file(path)
     if path.is_dir():
@@ -125,7 +129,7 @@ def _named(name: str, offline: bool) -> PreTrainedTokenizerFast:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".json", ".model")):
         raise MissingError(f"there is no tokenizer at {name}", FORMS)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        return foreign.from_pretrained(AutoTokenizer, name, local_files_only=offline)
     except (OSError, ValueError, ImportError) as error:
         way = "run once without --offline, or give a local folder" if offline else "check the id and the network"
         raise MissingError(
@@ -139,8 +143,9 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     has = {path.name for path in folder.iterdir()}
     if has & set(_CONFIGS) and ("tokenizer.json" in has or not has & set(_MODELS)):
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
+            with foreign.reading(folder, "a folder with a tokenizer", FORMS):
+                return foreign.from_pretrained(AutoTokenizer, folder, local_files_only=True)
+        except (UsageError, ImportError) as error:
             if "tokenizer.json" not in has and not {"vocab.json", "merges.txt"} <= has:
                 raise MissingError(f"{folder} has no tokenizer that can be loaded", FORMS) from error
     if "tokenizer.json" in has:
@@ -157,18 +162,16 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 def _from_file(path: Path) -> PreTrainedTokenizerFast:
     if path.suffix == ".model":
         return _wrap(read_sentencepiece(path))
-    # checked here because tokenizers raises a plain Exception for a file that is not its own
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not a tokenizer.json: not JSON in UTF-8", FORMS) from error
-    if not isinstance(content, dict) or "vocab" not in (content.get("model") or {}):
+    model = foreign.read_json(path, hint=FORMS).get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
         raise UsageError(f"{path} is not a tokenizer.json: it has no model with a vocab", FORMS)
-    return _wrap(Tokenizer.from_file(str(path)))
+    with foreign.reading(path, "a tokenizer.json", FORMS):
+        return _wrap(Tokenizer.from_file(str(path)))
 
 
 def _from_merges(folder: Path) -> PreTrainedTokenizerFast:
-    bpe = ByteLevelBPETokenizer.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    with foreign.reading(folder, "a folder with vocab.json and merges.txt", FORMS):
+        bpe = ByteLevelBPETokenizer.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer = Tokenizer.from_str(bpe.to_str())
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")

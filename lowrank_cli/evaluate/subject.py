@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_cli import console
+from lowrank_cli import console, foreign
 from lowrank_cli.config import SourceConfig, parse_bytes
 from lowrank_cli.data.tokenizer import named_tokenizer
-from lowrank_cli.errors import MissingError, PreflightError
+from lowrank_cli.errors import LowrankError, MissingError, PreflightError, UsageError
 from lowrank_cli.evaluate.scoring import free_bytes
 from lowrank_cli.models import load
 from lowrank_cli.models.source import Source, locate
 from lowrank_cli.run import RUNS
 
-# the names that Transformers and PEFT give weights; optimizers' states have others
-_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+# the names that PEFT gives weights
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def open_subject(
     check_fits(source, dtype, place, memory_budget)
     tokenizer = tokenizer_for(config, source, offline=offline)
     model = load.load(config, config=None, dtype=dtype, device=place, seed=seed, offline=offline).eval()
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings * load.PADDED_VOCABULARY:
-        load.check_vocabulary(model, tokenizer)
+    load.check_vocabulary(model, tokenizer, training=False)
     console.note(f"model {source.name}: {console.human_count(model.num_parameters())} parameters, {dtype}, {place}")
     return Subject(model, tokenizer, source, digest(source), time.perf_counter() - start)
 
@@ -106,15 +104,14 @@ def _bytes_in(path: Path, dtype: torch.dtype) -> int:
         # its weights are dequantized when they are loaded
         from gguf import GGUFReader
 
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors) * dtype.itemsize
+        with foreign.reading(path, "a GGUF file", "fetch it again"):
+            return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors) * dtype.itemsize
     if path.suffix != ".safetensors":
         return path.stat().st_size
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
+        with foreign.open_tensors(path) as file:
             shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 not a dict
-    except SafetensorError:
+    except LowrankError:
         # a damaged file: loading says so
         return 0
     return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
@@ -129,8 +126,11 @@ def tokenizer_for(config: SourceConfig, source: Source, *, offline: bool) -> Pre
         )
     if Path(name).is_dir() or not Path(name).exists():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline or Path(name).is_dir())
-        except (OSError, ValueError, ImportError):
+            with foreign.reading(name, "a folder with a tokenizer", "copy or save the model again"):
+                tokenizer = foreign.from_pretrained(
+                    AutoTokenizer, name, local_files_only=offline or Path(name).is_dir()
+                )  # fmt: skip
+        except (UsageError, ImportError):
             tokenizer = None
         named = tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
         if named and tokenizer.is_fast:
@@ -155,9 +155,9 @@ def weight_files(source: Source) -> list[Path]:
 
 
 def _weights_in(folder: Path) -> list[Path]:
-    # where there are both, safetensors are loaded
-    found = (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)
-    return next((files for files in found if files), [])
+    # those that are loaded, of all that lie there
+    adapter = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    return foreign.weights_in(folder) if adapter is None else [adapter]
 
 
 def digest(source: Source) -> str:
@@ -196,10 +196,11 @@ def _apart(folder: Path, subject: Subject, name: str) -> str:
     """What keeps a model's results from those of another one that went to the same folder before it."""
     for path in sorted((folder / "eval").glob("*.json")):
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))["model"]["sha256"]
-        except (ValueError, KeyError, TypeError):
+            model = foreign.read_json(path).get("model")
+        except LowrankError:
             # not one of ours
             continue
+        known = model.get("sha256") if isinstance(model, dict) else None
         if known != subject.digest and "@" not in path.stem:
             return f"@{name}-{digest_key(subject.digest)}"
     return ""

@@ -7,9 +7,10 @@ from typing import Any
 
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowrank_cli import foreign
 from lowrank_cli.errors import UsageError
 from lowrank_cli.ops.precision import wide
 
@@ -77,10 +78,10 @@ def add_head(folder: Path, head: dict[str, Tensor], modules: list[str], task_typ
         modules: names of the modules that they are of.
         task_type: PEFT's name of the task, such as SEQ_CLS.
     """
-    content: dict[str, Any] = load_file(folder / WEIGHTS)
+    content: dict[str, Any] = foreign.read_tensors(folder / WEIGHTS)
     content |= {PREFIX + name: tensor.detach().contiguous() for name, tensor in head.items()}
     save_file(content, folder / WEIGHTS, metadata={"format": "pt"})
-    config = PeftConfig.from_pretrained(folder)
+    config = foreign.from_pretrained(PeftConfig, folder)
     config.modules_to_save = modules
     config.task_type = task_type
     config.save_pretrained(folder)

@@ -1,6 +1,5 @@
 """The architecture to pretrain: from a preset or a JSON file to a Transformers configuration."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
+from lowrank_cli import foreign
 from lowrank_cli.config import ModelConfig
-from lowrank_cli.errors import UsageError, unknown
+from lowrank_cli.errors import MissingError, UsageError, unknown
 from lowrank_cli.models import presets
 
 # written by the program that saved the file; ours are set by the tokenizer, the flags or the installed Transformers
@@ -94,24 +94,12 @@ def _read(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        presets_list = ", ".join(presets.names())
+        return foreign.read_json(path.expanduser(), hint='it is an object: {"model_type": ...}')
+    except MissingError:
         raise UsageError(
-            f"cannot read --model-config {path}: {reason}",
-            f"give a JSON file, or a preset with --model: {presets_list}",
+            f"cannot read --model-config {path}: no such file",
+            f"give a JSON file, or a preset with --model: {', '.join(presets.names())}",
         ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not a text file", "--model-config takes a JSON file") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}",
-            "mend that line; JSON has no comments and no comma before a closing bracket",
-        ) from None
-    if not isinstance(raw, dict):
-        raise UsageError(f"{path} holds a JSON {type(raw).__name__}", 'it must be an object: {"model_type": ...}')
-    return raw
 
 
 def _check_model_type(raw: dict[str, Any], where: str) -> None:
@@ -148,4 +136,26 @@ def _check_heads(shape: Mapping[str, Any], where: str, has_head_dim: bool) -> No
         raise UsageError(
             f"{where}: {shared} key-value heads do not divide {heads} attention heads",
             "set num_key_value_heads to a divisor of num_attention_heads",
+        )
+
+
+# architectures that count positions from behind the padding token's id
+_OFFSET = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "data2vec-text",
+           "ibert", "longformer", "esm", "mpnet", "luke"}  # fmt: skip
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a sequence may have; None where the architecture sets no bound."""
+    bound = getattr(config, "max_position_embeddings", None)
+    if not isinstance(bound, int) or bound < 1:
+        return None
+    return bound - (config.pad_token_id or 0) - 1 if config.model_type in _OFFSET else bound
+
+
+def check_length(config: PretrainedConfig, length: int, what: str = "sequences") -> None:
+    """Raise UsageError if a model has no positions for so many tokens: learned ones end, turned ones are untrained."""
+    bound = positions(config)
+    if bound is not None and length > bound:
+        raise UsageError(
+            f"{what} of {length} tokens are too long for a model of {bound} positions", f"take --max-length {bound}"
         )

@@ -80,4 +80,6 @@ def takes_chunked_path(model: nn.Module) -> bool:
         return False
     head = model.get_output_embeddings()
     # an adapter, a parametrization or a quantized head is another class
-    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return False
+    return not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -17,25 +18,32 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
+from lowrank_cli import foreign
 from lowrank_cli.config import ModelConfig, SourceConfig
 from lowrank_cli.errors import LowrankError, MissingError, UsageError, unknown
-from lowrank_cli.models.architecture import build_config
+from lowrank_cli.misfortune import explained
+from lowrank_cli.models.architecture import build_config, check_length, positions
 from lowrank_cli.models.source import Source, locate, tokenizer_of
+from lowrank_cli.models.tying import apart
+from lowrank_cli.ops.finite import refuse_non_finite
 
 __all__ = [
     "Head",
     "build_config",
+    "check_length",
     "check_vocabulary",
     "config_of",
     "device_of",
     "dtype_of",
     "load",
     "meta",
+    "positions",
     "tokenizer_of",
 ]
 
@@ -113,20 +121,45 @@ def config_of(model: ModelConfig, *, offline: bool) -> PretrainedConfig:
     """The configuration of the weights that `load` would take, without loading them; raises as `load` does."""
     source = locate(model, offline=offline)
     with _readable_errors(source):
-        return AutoConfig.from_pretrained(source.location, **source.arguments)
+        config = foreign.from_pretrained(AutoConfig, source.location, **source.arguments)
+    _look(source, config)
+    return config
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: Sized) -> None:
+def _look(source: Source, config: PretrainedConfig) -> None:
+    """Raise UsageError for weights that are codes, or an index that leads out of its folder, before any are read."""
+    is_folder = source.is_local and source.gguf is None
+    raw = foreign.check_model(Path(source.location)) if is_folder else {} if source.gguf else config.to_dict()
+    foreign.refuse_codes(raw, source.location)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: Sized, *, training: bool = True) -> None:
     """Raise UsageError unless the tokenizer's entries are those of the model's embedding.
 
-    The embedding may have up to 2 % more rows than the tokenizer has entries: many checkpoints round it up.
+    The embedding may have up to 2 % more rows than the tokenizer has entries: many checkpoints round it up. Who only
+    reads with the model may have more of them, and some entries without a row, such as a padding token that was added
+    later: a text that has one of those is refused when it comes.
     """
     rows, entries = model.get_input_embeddings().num_embeddings, len(tokenizer)
-    if entries <= rows <= entries * PADDED_VOCABULARY:
+    if entries <= rows and (rows <= entries * PADDED_VOCABULARY or not training):
+        return
+    if not training and entries <= rows * PADDED_VOCABULARY:
+
+        def look(_, arguments: tuple) -> None:
+            if (largest := int(arguments[0].max())) >= rows:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise UsageError(
+                    f"the text has the token {token!r}, and the model has no row for it",
+                    "leave such texts out, or put the tokenizer that the model was trained with into its folder",
+                )
+
+        model.get_input_embeddings().register_forward_pre_hook(look)
         return
     raise UsageError(
         f"the model has a vocabulary of {rows} and the tokenizer one of {entries}",
-        "leave out --tokenizer to take the model's own, or give the tokenizer that it was trained with",
+        "leave out --tokenizer to take the model's own, or give the tokenizer that it was trained with"
+        if training
+        else "put the tokenizer that it was trained with into its folder",
     )
 
 
@@ -177,6 +210,8 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_attention(config))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if explained(error):
+            raise
         raise UsageError(
             f"Transformers cannot build this {config.model_type}: {_last_line(error)}",
             "mend the model's configuration; --debug shows where it failed",
@@ -200,8 +235,13 @@ def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None
     # the bar of the conversion from GGUF goes to stderr whatever the logging level
     silent = redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
     with _readable_errors(source), _quiet(), silent:
-        config = AutoConfig.from_pretrained(source.location, **source.arguments, **labels)
-        net, report = auto.from_pretrained(
+        config = foreign.from_pretrained(AutoConfig, source.location, **source.arguments, **labels)
+    _look(source, config)
+    if source.gguf is None:
+        options = foreign.dequantizing(config.to_dict()) | options
+    with _readable_errors(source), _quiet(), silent:
+        net, report = foreign.from_pretrained(
+            auto,
             source.location,
             config=config,
             dtype=dtype,
@@ -233,7 +273,9 @@ def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None
             )
     # an adapter has to train and save these with it
     net.newly_drawn = frozenset(report["missing_keys"])
-    return net if source.adapter is None else _merged(net, source)
+    net = net if source.adapter is None else _merged(net, source)
+    refuse_non_finite(source.name, net.named_parameters())
+    return net
 
 
 def _quantization(quantize: str, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
@@ -254,14 +296,38 @@ def _merged(net: PreTrainedModel, source: Source) -> PreTrainedModel:
     """The model with a PEFT adapter merged into it."""
     from peft import PeftModel
 
-    try:
-        merged = PeftModel.from_pretrained(net, source.adapter).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, SafetensorError, OSError) as error:
-        raise UsageError(
-            f"the adapter {source.adapter} does not fit its base model {source.location}: {_last_line(error)}",
-            "give the folder of the base model that it was trained on",
-        ) from None
+    folder = Path(source.adapter)
+    fits = f"an adapter of its base model {source.location}"
+    with foreign.reading(folder, fits, "give the folder of the base model that it was trained on"):
+        rows = _rows(net, folder)
+        if rows != net.get_input_embeddings().num_embeddings:
+            # the adapter was trained with tokens of its own
+            net.resize_token_embeddings(rows, mean_resizing=False)
+        with warnings.catch_warnings(), apart(net):
+            # what PEFT warns of is done here
+            warnings.simplefilter("ignore")
+            merged = foreign.from_pretrained(PeftModel, net, model_id=source.adapter).merge_and_unload()
     return merged.requires_grad_(True)
+
+
+def _rows(net: PreTrainedModel, folder: Path) -> int:
+    """The rows of the embedding that an adapter was trained with: those that it saves, or its tokenizer's entries."""
+    rows = net.get_input_embeddings().num_embeddings
+    names = {module: name for name, module in net.named_modules()}
+    ends = {names.get(module) for module in (net.get_input_embeddings(), net.get_output_embeddings())} - {None}
+    file = folder / "adapter_model.safetensors"
+    if file.is_file():
+        with foreign.open_tensors(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 not a dict
+                shape = tensors.get_slice(key).get_shape()
+                if key.endswith(tuple(f"{end}.weight" for end in ends)):
+                    return shape[0]
+                if key.endswith(".lora_embedding_A"):
+                    return shape[1]
+    if (folder / "tokenizer.json").is_file():
+        # the base may have more rows than its own tokenizer has entries
+        return max(rows, len(foreign.from_pretrained(AutoTokenizer, folder, local_files_only=True)))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -286,10 +352,11 @@ class Head:
         }
 
 
-def _attention(config: PretrainedConfig, mapping=MODEL_FOR_CAUSAL_LM_MAPPING) -> str | None:
-    """PyTorch's fused attention where the architecture has it, else its own default."""
+def _attention(config: PretrainedConfig, mapping=MODEL_FOR_CAUSAL_LM_MAPPING) -> str:
+    """PyTorch's fused attention where the architecture has it, else the plain one; never one that a file names, which
+    may be a kernel to be fetched and run."""
     cls = mapping.get(type(config), None)
-    return "sdpa" if getattr(cls, "_supports_sdpa", False) else None
+    return "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
 
 
 @contextmanager
@@ -317,8 +384,15 @@ def _readable_errors(source: Source) -> Iterator[None]:
             f"{where} is no folder here, and the hub did not give it: {reason}",
             f"check the name and the network; a private or gated model needs: hf auth login && hf download {where}",
         ) from None
-    except (ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except LowrankError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:
+        # a broken file makes Transformers raise anything
+        if explained(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UsageError(
             f"{where} is not a causal language model that Transformers can load: {reason}",
             "take a decoder such as llama, mistral, qwen2 or gpt2, in safetensors",

@@ -1,6 +1,5 @@
 """Where a model's weights are: a Hugging Face folder, a run folder, a GGUF file, an adapter, or an id on the hub."""
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from lowrank_cli import foreign
 from lowrank_cli.config import ModelConfig
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models import presets
@@ -36,7 +36,7 @@ class Source:
     def arguments(self) -> dict:
         """What `from_pretrained` needs beside the location."""
         file = {} if self.gguf is None else {"gguf_file": self.gguf}
-        return {"local_files_only": self.is_local, "trust_remote_code": False, **file}
+        return {"local_files_only": self.is_local, **file}
 
     @property
     def name(self) -> str:
@@ -82,6 +82,7 @@ def place(given: str, *, offline: bool) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise MissingError(f"no file {given}", "give the path of a GGUF file")
+        foreign.check_gguf(path)
         return Source(str(path.parent), is_local=True, gguf=path.name)
     if path.exists():
         raise UsageError(
@@ -115,12 +116,15 @@ def tokenizer_of(model: ModelConfig) -> str | None:
 
 def _with_adapter(folder: Path, offline: bool) -> Source:
     """An adapter's folder as the base that it names and itself."""
-    try:
-        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, OSError):
-        base = None
-    if not base:
-        raise UsageError(f"{folder / ADAPTER} names no base model", "write its base_model_name_or_path")
+    path, hint = folder / ADAPTER, "write its base_model_name_or_path: the folder or the hub id of the base model"
+    base = foreign.entry(foreign.read_json(path, hint=hint), "base_model_name_or_path", str, path, hint)
+    if not base.strip():
+        raise UsageError(f"{path} names no base model", hint)
+    if (local := Path(base).expanduser()).is_dir() and (_model_folder(local) / ADAPTER).is_file():
+        raise UsageError(
+            f"{path} names {base} as its base model, which is an adapter itself",
+            "merge that one into its base first (its finetune command with --merge), and name the merged model",
+        )
     try:
         return replace(place(base, offline=offline), adapter=str(folder))
     except MissingError as error:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_cli import foreign
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models.vblora_layer import ATTRIBUTE, Shape, VectorBank, dtype_of, sizes_of
 from lowrank_cli.ops.vector_bank import pack, unpack
@@ -113,12 +113,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise MissingError(
                 f"{folder} holds no adapter: {name} is not there", f"give a folder with {CONFIG} and {WEIGHTS}"
             )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UsageError(f"the adapter in {folder} is unreadable: {error}", "save or copy it again") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = foreign.read_json(folder / CONFIG)
+    tensors = foreign.read_tensors(folder / WEIGHTS)
+    kind = config.get("peft_type")
     if kind != "VBLORA" or BANK not in tensors:
         raise UsageError(f"the adapter in {folder} is of kind {kind}, not VBLORA", "load it with the peft library")
     return config, tensors

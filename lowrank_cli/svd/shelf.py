@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from lowrank_cli import foreign
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Shelf:
         device = self.devices[key]
         if key in self.held:
             return {name: t.to(device) for name, t in self.held[key].items()}
-        return load_file(self._path(key), device=str(device))
+        return foreign.read_tensors(self._path(key), device=str(device))
 
     def pop(self, key: str) -> dict[str, Tensor]:
         """The same, and the room is free again."""

@@ -127,7 +127,9 @@ class Description:
         if self.task is None or self.task.kind == "causal":
             model = models.meta(config, self.dtype)
         else:
-            head = models.Head(self.task.label_names or ("score",), regression=self.task.kind == "regression")
+            # a run takes the tokenizer's padding token where the model has none
+            pad = config.pad_token_id if config.pad_token_id is not None else 0
+            head = models.Head(self.task.label_names or ("score",), self.task.kind == "regression", pad)
             for key, value in head.arguments.items():
                 setattr(config, key, value)
             with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from safetensors import SafetensorError
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError
 from lowrank_cli.misfortune import reason
+from lowrank_cli.models.architecture import positions
 from lowrank_cli.models.source import place
+from lowrank_cli.models.tying import apart
 from lowrank_cli.ops.shards import full_numel
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
@@ -66,6 +69,7 @@ def finish(session: Session) -> dict[str, Any]:
         "run": str(run.path),
         "model": str(run.model),
         "is_adapter": not merging,
+        "is_compressed": getattr(session.model.config, "quantization_config", None) is not None,
         "base": session.base,
         "labels": getattr(session.model.config, "num_labels", 0),
         "plots": session.config.train.plots,
@@ -113,6 +117,8 @@ def write_adapter(session: Session, folder: Path) -> None:
         inner = session.model.base_model_prefix + "."
         modules = sorted({name.removeprefix(inner).partition(".")[0] for name in head})
         adapters.add_head(folder, head, modules, "SEQ_CLS")
+        # what the base does not know: its labels, and the padding token of its batches
+        session.model.config.save_pretrained(folder)
     session.data.tokenizer.save_pretrained(folder)
 
 
@@ -171,8 +177,9 @@ def merge(session: Session, folder: Path, adapter: Path) -> None:
         source = replace(place(session.base, offline=session.config.common.offline), adapter=str(adapter))
         session.model = load.load_weights(source, dtype, head=head).to(session.device)
     else:
-        for part in session.parts:
-            part.merge(session.model)
+        with apart(session.model):
+            for part in session.parts:
+                part.merge(session.model)
     checkpoint.write_model(folder, session.model, session.data.tokenizer)
 
 
@@ -191,8 +198,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def sample(session: Session, length: int = 48) -> str:
     """What the model writes after the first tokens of the validation text; random generators are left as they were."""
     batch = next(iter(session.data.validation()), None)
-    positions = getattr(session.model.config, "max_position_embeddings", None) or 1 << 30
-    length = min(length, positions - 8)
+    length = min(length, (positions(session.model.config) or 1 << 30) - 8)
     if batch is None or batch["input_ids"].shape[1] < 8 or length < 1:
         return ""
     prompt = batch["input_ids"][:1, :8].to(session.device)
@@ -253,24 +259,28 @@ def memory_line(result: dict[str, Any]) -> str:
 def next_commands(result: dict[str, Any]) -> list[str]:
     """What a user may want to type now."""
     model = result["model"]
+    typed = shlex.quote(model)
     if result["command"] == "pretrain":
         return [
-            f"lowrank pretrain --method {result['method']} --continue-from {model}",
-            f"lowrank finetune --model {model}",
-            f"lowrank eval mmlu --model {model}",
+            f"lowrank pretrain --method {result['method']} --continue-from {typed}",
+            f"lowrank finetune --model {typed}",
+            f"lowrank eval mmlu --model {typed}",
         ]
-    evaluate = f"lowrank eval mmlu --model {model}"
+    evaluate = f"lowrank eval mmlu --model {typed}"
     if "validation_perplexity" not in result:
-        auto = "from transformers import AutoModelForSequenceClassification as A"
-        load = (
-            f"A.from_pretrained('{result['base'] if result['is_adapter'] else model}', num_labels={result['labels']})"
+        auto, load = (
+            "from transformers import AutoModelForSequenceClassification as A",
+            f"A.from_pretrained({model!r})",
         )
         if result["is_adapter"]:
-            auto, load = f"{auto}; from peft import PeftModel as P", f"P.from_pretrained({load}, '{model}')"
-        return [f'python -c "{auto}; {load}"']
+            auto = f"{auto}, AutoConfig as C; from peft import PeftModel as P"
+            base = f"A.from_pretrained({result['base']!r}, config=C.from_pretrained({model!r}))"
+            load = f"P.from_pretrained({base}, {model!r})"
+        return [f"python -c {shlex.quote(f'{auto}; print({load})')}"]
     if not result["is_adapter"]:
-        return [evaluate, f"lowrank compress --model {model}"]
+        return [evaluate, *([] if result.get("is_compressed") else [f"lowrank compress --model {typed}"])]
     if result["base"].endswith(".gguf"):
         # PEFT cannot open the base by its name
         return [evaluate]
-    return [evaluate, f"python -c \"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained('{model}')\""]
+    load = f"from peft import AutoPeftModelForCausalLM as A; print(A.from_pretrained({model!r}))"
+    return [evaluate, f"python -c {shlex.quote(load)}"]

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from lowrank_cli import console, data, optim
-from lowrank_cli.config import RunConfig
+from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models import sharding
 from lowrank_cli.models.source import locate
 from lowrank_cli.ops.replicas import Alone, Replicas
+from lowrank_cli.settings import COMMANDS
 from lowrank_cli.train import audit, checkpoint, plan
 from lowrank_cli.train.distributed import World
 from lowrank_cli.train.loop import Session
@@ -25,6 +26,24 @@ from lowrank_cli.train.objective import objective
 from lowrank_cli.train.setup import adapter_of, apply_methods, head_of
 
 RUNNING_TEXT = "text"  # the task whose data is documents, not prompts and responses
+
+
+def fitted(config: RunConfig) -> RunConfig:
+    """Return the configuration with sequences no longer than the positions of the model that it starts from.
+
+    Raises:
+        UsageError: longer ones were asked for.
+    """
+    if config.command == "pretrain" and config.model.continue_from is None:
+        return config
+    architecture, length = models.config_of(config.model, offline=config.common.offline), config.data.max_length
+    bound = models.positions(architecture)
+    default = COMMANDS[config.command].defaults.get("max_length", DataConfig.max_length)
+    if bound is not None and length == default > bound:
+        console.note(f"sequences of {bound} tokens: the model has no more positions")
+        return replace(config, data=replace(config.data, max_length=bound))
+    models.check_length(architecture, length)
+    return config
 
 
 def prepare(config: RunConfig, world: World | None = None) -> Session:

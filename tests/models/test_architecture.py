@@ -124,8 +124,8 @@ def test_head_dim_of_its_own_needs_no_division(config_of_file):
 @pytest.mark.parametrize(
     ("content", "message", "hint"),
     [
-        ('{"model_type": "llama",\n "hidden_size": 64,\n}', "is not JSON: line ", "mend that line"),
-        ("[1]", "holds a JSON list", "it must be an object"),
+        ('{"model_type": "llama",\n "hidden_size": 64,\n}', ", line 3: not JSON (", "it is an object"),
+        ("[1]", "holds no object but a list", "it is an object"),
         (without(GALORE, "model_type"), "has no model_type", 'add "model_type": "llama"'),
         (without(GALORE, "model_type", architectures=["MistralForCausalLM"]), "no model_type", '"mistral"'),
         (without(GALORE, model_type="lama"), "unknown model_type 'lama' in ", "did you mean 'llama'?"),
@@ -156,13 +156,13 @@ def test_errors_of_a_file(config_of_file, content, message, hint):
 
 
 def test_json_error_names_the_line(config_of_file):
-    with pytest.raises(UsageError, match=r"model.json is not JSON: line [23], column \d+: "):
+    with pytest.raises(UsageError, match=r"model.json, line [23]: not JSON \(.*, column \d+\)"):
         config_of_file('{"model_type": "llama",\n "hidden_size": 64,\n}')
 
 
 def test_missing_folder_and_binary_files(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
-    cases = {"none.json": "none.json: no such file", ".": "Is a directory", "weights.bin": "is not a text file"}
+    cases = {"none.json": "none.json: no such file", ".": "Is a directory", "weights.bin": "is not UTF-8 text"}
     for name, message in cases.items():
         with pytest.raises(UsageError, match=message):
             build_config(ModelConfig(model_config=str(tmp_path / name)), **TOKENS, max_length=256)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lowrank_cli import methods
-from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.errors import LowrankError, MissingError, UsageError
 from lowrank_cli.models.vblora_files import entries
 
 pytestmark = pytest.mark.numerical
@@ -152,5 +152,5 @@ def test_adapters_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
     with pytest.raises(UsageError, match="of kind LORA, not VBLORA"):
         method.load_adapter(llama(), tmp_path / "lora")
     (tmp_path / "good" / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UsageError, match="unreadable"):
+    with pytest.raises(LowrankError, match="is damaged"):
         method.load_adapter(llama(), tmp_path / "good")
