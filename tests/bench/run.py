@@ -31,6 +31,7 @@ BENCHES = (
     "welore",
     "end_to_end",
     "evaluation",
+    "guard",
 )
 # more waiting processes than this when the run begins, and its figures are not worth keeping
 BUSY = 0.5
