@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
+import shutil
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import bad_models
 import bad_options
 import bad_runs
 import children
-from cases import RAN, WRONG, Case, Report, counted, look
+from cases import RAN, WRONG, Case, Report, counted, digest, look
 from entries import MARKER, Entry
 from materials import Materials
 
@@ -57,7 +58,21 @@ def tried(entry: Entry, folder: Path) -> Report:
         report.add(WRONG, "it ended with 0", outcome)
     if well and (folder / "run" / "model").is_dir() and not finite(folder / "run" / "model"):
         report.add(WRONG, "a model that is not finite", outcome)
+    if well and entry.whole is not None and digest(folder / "run" / "model") != resumed(entry.whole, folder):
+        report.add(WRONG, "other weights than those of the run that is whole", outcome)
     return report
+
+
+_resumed: dict[Path, str] = {}
+
+
+def resumed(run: Path, folder: Path) -> str:
+    """Return the digest of what a run comes to when nothing of it is damaged."""
+    if run not in _resumed:
+        shutil.copytree(run, folder / "whole" / "run")
+        children.run(bad_runs.LINE, folder / "whole")
+        _resumed[run] = digest(folder / "whole" / "run" / "model")
+    return _resumed[run]
 
 
 def limited() -> None:

@@ -26,9 +26,10 @@ def entries(made: Materials) -> Iterator[Entry]:
         ways = ("removed", *WAYS[:3]) if len(file.parts) > 1 else ("removed", *WAYS)
         for way in ways:
             make = partial(damage, made.run, file, way, 1)
-            yield Entry("checkpoints", f"{file.name} {way}", make)
+            yield Entry("checkpoints", f"{file.name} {way}", make, whole=made.run)
     for content in ("[]", "{}", "null", "3", '{"status": [], "started": 7}'):
-        yield Entry("checkpoints", f"run.json {content}", partial(replaced, made.run, "run.json", content))
+        make = partial(replaced, made.run, "run.json", content)
+        yield Entry("checkpoints", f"run.json {content}", make, whole=made.run)
     for name, make in {"empty": Path.mkdir, "a file": Path.touch}.items():
         yield Entry("checkpoints", f"step-999999, {name}", partial(beside, made.run, make))
     for key in json.loads((last / "progress.json").read_text()):

@@ -23,6 +23,8 @@ from pathlib import Path
 
 # seconds after which a process is given up
 LIMIT = 120
+# added to every command line
+MORE: list[str] = []
 # how long the other ranks live on after one was killed
 LONELY = 0.2
 
@@ -73,7 +75,7 @@ def run(
         kill_at: seconds after which it gets SIGKILL.
         first: of several ranks the one that is killed first.
     """
-    out, err = os.pipe(), os.pipe()
+    line, (out, err) = [*line, *MORE], (os.pipe(), os.pipe())
     began = time.monotonic()
     pids = []
     for place in places(ranks):

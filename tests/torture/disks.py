@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import children
 import events
-from cases import CODE, WRONG, Case, Report, counted, look
+from cases import CODE, Case, Report, counted, look
 from materials import Materials
 
 SIZES, SMALLEST, LARGEST = 16, 64, 1 << 19
@@ -41,14 +40,11 @@ def full(line: list[str], row: str, size: int, folder: Path) -> Report:
     place.mkdir()
     first = children.run(line, place, before=partial(events.own_cache_and, place, partial(limited, size)))
     look(report, first)
-    record = place / "run" / "run.json"
-    status = json.loads(record.read_text()).get("status") if record.is_file() else None
+    status = events.record(place / "run").get("status")
     wanted = ("failed", None) if first.code else ("done", None)
     if status not in wanted and "run.json still says" not in first.err:
         report.add(CODE, f"run.json says {status} after exit code {first.code}", first)
-    again = children.run(line, place, before=partial(events.own_cache, place))
-    if look(report, again, done=True) and events.result(place / "run") != _alone[row]:
-        report.add(WRONG, "another result than without a limit", first, again)
+    events.go_on(report, first, line, place, _alone[row])
     return report
 
 

@@ -20,6 +20,7 @@ class Entry:
         make: writes the files into a folder, returns the command line.
         fails: it must not end with 0.
         ranks: processes that run the line.
+        whole: the run that it resumes, before the damage; what ends with 0 has its result.
     """
 
     row: str
@@ -27,6 +28,7 @@ class Entry:
     make: Callable[[Path], list[str]]
     fails: bool = False
     ranks: int = 1
+    whole: Path | None = None
 
 
 def line(made: Materials, command: str, changes: dict[str, object] | None = None, method: str = "") -> list[str]:

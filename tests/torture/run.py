@@ -26,6 +26,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLI
 os.environ |= {"TERM": "dumb", "COLUMNS": "100", "TOKENIZERS_PARALLELISM": "false"}
 
 import bad_input  # noqa: E402 it imports what needs the path
+import children  # noqa: E402
 import disks  # noqa: E402
 import events  # noqa: E402
 import kills  # noqa: E402
@@ -62,6 +63,7 @@ def main() -> None:
         warm()
         made = materials.write(_work / "materials")
         note(f"materials made after {time.monotonic() - began:.0f} s")
+        children.MORE += ["--debug"] * asked.debug
         for make in parts.values():
             _cases.extend(make(made, asked.scale))
         if asked.only:
@@ -81,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=PARTS, help="all unless given")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose row and name contain this")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the cases (1)")
+    parser.add_argument("--debug", action="store_true", help="add --debug to every line: where its errors arise")
     parser.add_argument("--lanes", type=int, default=LANES, help=f"cases at the same time ({LANES})")
     parser.add_argument(
         "--out", type=Path, default=Path("build/torture"), help="folder of what failed (build/torture)"
