@@ -28,6 +28,10 @@ SETTINGS_LIMIT = 1 << 20  # bytes of a YAML file
 DEPTH = 16  # of nested settings in a YAML file; ours have two
 AGAIN = "copy or save it again"
 
+# the JSON files of a model's folder: Transformers and PEFT take nesting, numbers and strings as they come
+FOLDER = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json",
+          "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+
 INDEX = "model.safetensors.index.json"
 # in the order in which Transformers looks for them
 SINGLE, PICKLED, PICKLED_INDEX = "model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -423,8 +427,11 @@ def from_pretrained(cls: type, location: str | Path, **arguments: Any) -> Any:
     """Return `cls.from_pretrained(location)`; code that a folder or a repository brings is never executed.
 
     Raises:
-        UsageError: it cannot be loaded without its code.
+        UsageError: it cannot be loaded without its code, or a JSON file of the folder is broken.
     """
+    for name in FOLDER:
+        if (path := Path(location) / name).is_file():
+            read_json(path)
     try:
         return cls.from_pretrained(location, trust_remote_code=False, **arguments)
     except ValueError as error:

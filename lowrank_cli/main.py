@@ -10,7 +10,7 @@ from importlib import import_module
 import typer
 
 from lowrank_cli import __version__, console, methods, settings
-from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE
+from lowrank_cli.errors import FAILED, INTERRUPTED, USAGE, UsageError
 from lowrank_cli.misfortune import explained
 from lowrank_cli.options import listing, peek_methods
 
@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
 def run_command(argv: list[str], debug: bool) -> int:
     """Run the command line; errors become messages and exit codes."""
     try:
+        for word in argv:
+            check_text(word)
         command = typer.main.get_command(build(argv))
         result = command.main(args=argv or ["--help"], prog_name="lowrank", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -90,6 +92,14 @@ def run_command(argv: list[str], debug: bool) -> int:
             debug,
         )
         return FAILED
+
+
+def check_text(word: str) -> None:
+    """Raise UsageError for an argument that is no UTF-8, which no file of a run could name."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the argument {word!r} is no UTF-8 text", "rename the file, or type it in UTF-8") from None
 
 
 def report(message: str, hint: str, debug: bool) -> None:

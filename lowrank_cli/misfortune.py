@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowrank_cli.errors import LowrankError, PreflightError
+from lowrank_cli.errors import LowrankError, PreflightError, UsageError
 
 # what only a write raises, and what another place helps against
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -33,6 +33,10 @@ def explained(error: BaseException, place: Path | str | None = None) -> LowrankE
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or number == errno.ENOMEM or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
         return _memory(text)
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):
+        return UsageError(
+            f"a path is a link that leads in a circle: {text.partition(' from ')[2]}", "take another path"
+        )
     if isinstance(error, RuntimeError) and "home directory" in text:
         return LowrankError(
             "there is no home folder to keep a cache in", "set LOWRANK_CACHE or HOME to a folder that you may write"

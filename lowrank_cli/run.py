@@ -68,6 +68,8 @@ class RunDir:
                 path.mkdir(parents=True, exist_ok=bool(out))
                 break
             except FileExistsError:
+                if out:
+                    raise UsageError(f"--out {out} is a link that leads nowhere", "take another folder") from None
                 suffix += 1
                 path = RUNS / f"{stamp}-{name}-{suffix}"
             except OSError as error:
@@ -149,6 +151,9 @@ class RunDir:
         """Write how it ended: done, failed or interrupted. A disk without room for that is a warning: what ended the
         run is said anyway."""
         path = self.path / "run.json"
+        if not path.is_file():
+            # there was no room for its beginning
+            return
         try:
             self.update(status=status, ended=now(), **entries)
         except OSError as error:

@@ -352,14 +352,29 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, replicas: Alone)
     try:
         load_numbers(optimizer, entries["optimizer_numbers"])
         restore_rng(foreign.read_tensors(path / "rng.safetensors"), entries["python_rng"])
-        progress = Progress(**{f.name: entries[f.name] for f in fields(Progress) if f.name in entries})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        progress = progress_of(entries)
+        kernels = entries.get("kernels")
+        if not (kernels is None or (isinstance(kernels, list) and all(isinstance(name, str) for name in kernels))):
+            raise TypeError(f"kernels is {kernels!r}")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UsageError(
             f"the checkpoint {path} is damaged: progress.json or rng.safetensors: {reason(error)}", _others(path)
         ) from None
     if hasattr(optimizer, "take_kernels"):
-        optimizer.take_kernels(entries.get("kernels"))
+        optimizer.take_kernels(kernels)
     return progress, foreign.read_tensors(path / "method.safetensors")
+
+
+def progress_of(entries: dict[str, Any]) -> Progress:
+    """Return the progress that a checkpoint's JSON says; raises TypeError for an entry of another type."""
+    found = Progress()
+    for f in fields(Progress):
+        own, value = getattr(found, f.name), entries.get(f.name, getattr(found, f.name))
+        numbers = isinstance(own, (int, float)) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not numbers and type(value) is not type(own):
+            raise TypeError(f"{f.name} is {value!r}")
+        setattr(found, f.name, value)
+    return found
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:

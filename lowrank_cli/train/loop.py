@@ -263,6 +263,9 @@ def clip(session: Session, gradients: Gradients) -> float | None:
 def not_finite(session: Session, what: str) -> LowrankError:
     """Return the end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
     broken = audit.first_broken(session.model, session.optimizer, session.replicas, session.states)
+    # rotary frequencies and the like are in no checkpoint, but a run that has broken ones breaks
+    buffers = (n for n, b in session.model.named_buffers() if b.is_floating_point() and not bool(b.isfinite().all()))
+    broken = broken or next((f"the buffer {name}" for name in buffers), "")
     where = (
         f"the first tensor with a non-finite value is {broken}"
         if broken
