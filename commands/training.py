@@ -69,34 +69,30 @@ def _run(
     if call.print_config:
         console.output(to_yaml(resolved).rstrip())
         return
-    from lowrank_cli.train.prepare import fitted, prepare
-
-    resolved = fitted(resolved)
     if call.dry_run or call.memory_budget:
         from lowrank_cli.train import dry
+        from lowrank_cli.train.prepare import fitted
 
-        estimate = dry.run(resolved, config.parse_bytes(call.memory_budget) if call.memory_budget else None)
+        estimate = dry.run(fitted(resolved), config.parse_bytes(call.memory_budget) if call.memory_budget else None)
         if call.dry_run:
             if call.json:
                 console.output(dumps(estimate))
             return
+    result: dict[str, Any] = {}
     if folder is None:
         RunDir.check(call.out)
     else:
         check_same(settings_of(folder, start), folder, resolved)
-        if result := ended(folder, start):
-            from lowrank_cli.train.finish import summary
-
-            console.note(f"the run {folder.path} has ended, and nothing is left to do")
-            line = summary(result)
-            console.output(dumps(result) if call.json else line)
+        if (result := ended(folder, start)) and world is None:
+            show_ended(folder, result, call)
             return
     if world is None and resolved.train.nproc > 1:
         distributed.launch(resolved.train.nproc, list(argv))
         return
     from lowrank_cli.train.finish import summary
+    from lowrank_cli.train.prepare import fitted, prepare
 
-    placed = resolved
+    placed = resolved = fitted(resolved)
     if world is not None:
         device = world.place.device(resolved.common.device)
         placed = replace(resolved, common=replace(resolved.common, device=device))
@@ -108,6 +104,10 @@ def _run(
             resolved.train.rank_timeout,
             sharded=resolved.train.parallel == "fsdp",
         )
+        if result:
+            # the others have met this process now, and may go as well
+            show_ended(folder, result, call)
+            return
     with ExitStack() as stack:
         if folder is not None and (world is None or world.place.rank == 0):
             stack.enter_context(locked(folder.path))
@@ -216,6 +216,15 @@ def settings_of(folder: RunDir, start: Path | None) -> Path:
         else:
             return path
     return kept[-1]
+
+
+def show_ended(folder: RunDir, result: dict[str, Any], call: Invocation) -> None:
+    """Say again what a run came to that has nothing left to do."""
+    from lowrank_cli.train.finish import summary
+
+    console.note(f"the run {folder.path} has ended, and nothing is left to do")
+    line = summary(result)
+    console.output(dumps(result) if call.json else line)
 
 
 def ended(folder: RunDir, start: Path | None) -> dict[str, Any]:

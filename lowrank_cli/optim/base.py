@@ -23,7 +23,6 @@ MOMENTS = ("keep", "align", "rotate", "reset")
 WEIGHT_NORMS = ("exact", "detached")
 
 
-
 # options of torch's optimizers that no optimizer here has
 UNSUPPORTED = ("maximize", "amsgrad", "capturable", "differentiable", "momentum", "nesterov", "dampening", "centered")
 
