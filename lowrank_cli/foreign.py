@@ -35,10 +35,6 @@ FOLDER = ("config.json", "generation_config.json", "adapter_config.json", "token
 INDEX = "model.safetensors.index.json"
 # in the order in which Transformers looks for them
 SINGLE, PICKLED, PICKLED_INDEX = "model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"
-# what safetensors calls the types of plain weights
-FLOATS = ("F64", "F32", "F16", "BF16")
-# quantizations that Transformers undoes while it loads a model, and the one of our own compressed models
-DEQUANTIZED, OURS = ("fp8", "mxfp4"), "lowrank"
 GGUF_MAGIC, GGUF_VERSIONS = b"GGUF", (2, 3)
 # bytes of the smallest entry of a GGUF file's metadata, and of its list of tensors
 GGUF_ENTRY, GGUF_TENSOR = 13, 32
@@ -84,7 +80,7 @@ def parse_json(text: str, where: str, hint: str = "mend the file") -> Any:
         raise UsageError(f"{where}: lists or objects are nested too deep to be read", hint) from None
     except ValueError as error:
         # an integer of more digits than Python converts
-        raise UsageError(f"{where}: {_first_line(error)}", hint) from None
+        raise UsageError(f"{where}: {first_line(error)}", hint) from None
     # half of a surrogate pair can only be written as an escape
     if "\\ud" in text.lower() and (broken := _lone_surrogate(value)):
         raise UsageError(
@@ -126,7 +122,7 @@ def read_json(path: Path, kind: type = dict, *, hint: str = AGAIN, limit: int = 
     value = parse_json(read_text(path, limit=limit), str(path), hint)
     if not isinstance(value, kind):
         names = {dict: "an object", list: "a list"}
-        raise UsageError(f"{path} holds no {names.get(kind, kind.__name__).split()[-1]} but {_kind(value)}", hint)
+        raise UsageError(f"{path} holds no {names.get(kind, kind.__name__).split()[-1]} but {kind_of(value)}", hint)
     return value
 
 
@@ -139,12 +135,13 @@ def entry(content: dict[str, Any], key: str, kind: type | tuple[type, ...], wher
     value = content.get(key)
     # a boolean is an int to Python
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        what = f"has no {key}" if value is None else f"has {_kind(value)} as {key}"
+        what = f"has no {key}" if value is None else f"has {kind_of(value)} as {key}"
         raise UsageError(f"{where} {what}", hint)
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Return what a JSON value is, in a user's words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")
 
@@ -175,7 +172,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", mend) from None
     except (ValueError, RecursionError) as error:
         # an integer of more digits than Python converts, a date of the 40th of May
-        raise UsageError(f"{path}: {_first_line(error)}", mend) from None
+        raise UsageError(f"{path}: {first_line(error)}", mend) from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no settings", "write one `key: value` a line, such as `method: galore`")
     nested = [value for value in content.values() if isinstance(value, dict)]
@@ -214,10 +211,10 @@ def open_tensors(path: Path, hint: str = AGAIN) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise LowrankError(f"{path} is damaged: {_first_line(error)}", hint) from None
+        raise LowrankError(f"{path} is damaged: {first_line(error)}", hint) from None
     except OSError as error:
         # safetensors gives no errno
-        reason = error.strerror or ("it is not there" if isinstance(error, FileNotFoundError) else _first_line(error))
+        reason = error.strerror or ("it is not there" if isinstance(error, FileNotFoundError) else first_line(error))
         raise LowrankError(f"{path} cannot be read: {reason}", hint) from None
 
 
@@ -245,7 +242,7 @@ def read_pickle(path: Path, hint: str) -> Any:
             f"{path} holds more than tensors and plain containers, and nothing else is read", hint
         ) from None
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no file of tensors: {_first_line(error)}", hint) from None
+        raise UsageError(f"{path} is no file of tensors: {first_line(error)}", hint) from None
 
 
 class Unpickler(pickle.Unpickler):
@@ -302,7 +299,7 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     names = entry(read_json(index), "weight_map", dict, index).values()
     broken = next((name for name in names if not isinstance(name, str)), None)
     if broken is not None:
-        raise UsageError(f"{index} has {_kind(broken)} as a file's name", AGAIN)
+        raise UsageError(f"{index} has {kind_of(broken)} as a file's name", AGAIN)
     files = [inside(folder, name, index) for name in sorted(set(names))]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
@@ -323,52 +320,6 @@ def check_model(folder: Path) -> dict[str, Any]:
         inside(folder, entry(config, "transformers_weights", str, path), path)
     weights_in(folder)
     return config
-
-
-def quantization(config: dict[str, Any]) -> str:
-    """Return the method that a model's weights are quantized by, as its config.json says; "" for plain weights."""
-    settings = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(settings, dict):
-        return "" if settings is None else _kind(settings)
-    bits = next((f"bitsandbytes, {n} bits" for n in (4, 8) if settings.get(f"load_in_{n}bit")), "")
-    return bits or str(settings.get("quant_method") or "by a method that is not named")
-
-
-def refuse_codes(config: dict[str, Any], folder: Path | str) -> None:
-    """Raise UsageError for a model whose weights are codes that Transformers does not turn into numbers on loading.
-
-    Args:
-        config: its config.json.
-        folder: where it is, or its id on the hub.
-    """
-    hint = "take the model that it was made from"
-    method = quantization(config)
-    if method and method not in (*DEQUANTIZED, OURS):
-        raise UsageError(f"{folder} is quantized ({method}): its weights are codes, and their values are lost", hint)
-    if method or not Path(folder).is_dir():
-        return
-    for path in weights_in(Path(folder)):
-        if path.suffix != ".safetensors":
-            continue
-        with open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 not a dict
-                kind = str(file.get_slice(name).get_dtype())
-                if name.endswith(".weight") and kind not in FLOATS:
-                    raise UsageError(
-                        f"{folder} is quantized, and its config.json does not name how: {name} holds codes ({kind})",
-                        hint,
-                    )
-
-
-def dequantizing(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what `from_pretrained` needs beside the location to load plain weights, on every device."""
-    method = quantization(config)
-    if method not in DEQUANTIZED:
-        return {}
-    from transformers import FineGrainedFP8Config, Mxfp4Config
-
-    settings = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[method]
-    return {"quantization_config": settings(dequantize=True)}
 
 
 def check_gguf(path: Path) -> None:
@@ -418,9 +369,9 @@ def reading(path: Path | str, what: str, hint: str) -> Iterator[None]:
     except (LowrankError, MemoryError, ImportError):
         raise
     except OSError as error:
-        raise UsageError(f"{path} cannot be read as {what}: {error.strerror or _first_line(error)}", hint) from error
+        raise UsageError(f"{path} cannot be read as {what}: {error.strerror or first_line(error)}", hint) from error
     except Exception as error:
-        raise UsageError(f"{path} cannot be read as {what}: {_first_line(error)}", hint) from error
+        raise UsageError(f"{path} cannot be read as {what}: {first_line(error)}", hint) from error
 
 
 def from_pretrained(cls: type, location: str | Path, **arguments: Any) -> Any:
@@ -444,7 +395,9 @@ def from_pretrained(cls: type, location: str | Path, **arguments: Any) -> Any:
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, at most 200 characters."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, at most 200 characters, without PyTorch advising to run what it reads."""
+    if "weights_only" in str(error):
+        return "it holds more than tensors and plain containers, and nothing else is read"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".")[:200]

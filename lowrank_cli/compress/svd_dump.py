@@ -29,6 +29,7 @@ from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.data.cache import cached_folder
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models import load as models
+from lowrank_cli.models import quantized
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import Source, locate
 from lowrank_cli.ops.finite import refuse_non_finite
@@ -104,7 +105,7 @@ class Reader:
         config = foreign.check_model(folder)
         paths = foreign.weights_in(folder)
         # weights in files of other names, and codes that are dequantized on loading, are left to Transformers
-        if config.get("transformers_weights") or foreign.quantization(config) in foreign.DEQUANTIZED:
+        if config.get("transformers_weights") or quantized.quantization(config) in quantized.DEQUANTIZED:
             return {}
         if any(path.suffix != ".safetensors" for path in paths):
             return {}

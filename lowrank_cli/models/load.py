@@ -28,6 +28,7 @@ from lowrank_cli import foreign
 from lowrank_cli.config import ModelConfig, SourceConfig
 from lowrank_cli.errors import LowrankError, MissingError, UsageError, unknown
 from lowrank_cli.misfortune import explained
+from lowrank_cli.models import quantized
 from lowrank_cli.models.architecture import build_config, check_length, positions
 from lowrank_cli.models.source import Source, locate, tokenizer_of
 from lowrank_cli.models.tying import apart
@@ -130,7 +131,7 @@ def _look(source: Source, config: PretrainedConfig) -> None:
     """Raise UsageError for weights that are codes, or an index that leads out of its folder, before any are read."""
     is_folder = source.is_local and source.gguf is None
     raw = foreign.check_model(Path(source.location)) if is_folder else {} if source.gguf else config.to_dict()
-    foreign.refuse_codes(raw, source.location)
+    quantized.refuse_codes(raw, source.location)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: Sized, *, training: bool = True) -> None:
@@ -238,7 +239,7 @@ def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None
         config = foreign.from_pretrained(AutoConfig, source.location, **source.arguments, **labels)
     _look(source, config)
     if source.gguf is None:
-        options = foreign.dequantizing(config.to_dict()) | options
+        options = quantized.dequantizing(config.to_dict()) | options
     with _readable_errors(source), _quiet(), silent:
         net, report = foreign.from_pretrained(
             auto,
@@ -392,7 +393,7 @@ def _readable_errors(source: Source) -> Iterator[None]:
         # a broken file makes Transformers raise anything
         if explained(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = foreign.first_line(error)
         raise UsageError(
             f"{where} is not a causal language model that Transformers can load: {reason}",
             "take a decoder such as llama, mistral, qwen2 or gpt2, in safetensors",

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowrank_cli import foreign
 from lowrank_cli.errors import UsageError
+from lowrank_cli.models import quantized
 
 READING = ["compress --welore-rank 50 --eval-tokens 0 --out run", "svd-dump --no-plots --out run"]
 LOADING = ["compress --welore-rank 50 --welore-weighting none --eval-tokens 100 --out run --dataset stories.txt"]
@@ -150,9 +150,11 @@ def test_fp8_is_dequantized(lowrank):
 
 
 def test_what_from_pretrained_needs_to_dequantize():
-    (found,) = foreign.dequantizing({"quantization_config": {"quant_method": "fp8"}}).values()
+    (found,) = quantized.dequantizing({"quantization_config": {"quant_method": "fp8"}}).values()
     assert found.dequantize
-    assert foreign.dequantizing({}) == foreign.dequantizing({"quantization_config": {"quant_method": "gptq"}}) == {}
-    foreign.refuse_codes({"quantization_config": {"quant_method": "lowrank"}}, "some/where")
+    assert (
+        quantized.dequantizing({}) == quantized.dequantizing({"quantization_config": {"quant_method": "gptq"}}) == {}
+    )
+    quantized.refuse_codes({"quantization_config": {"quant_method": "lowrank"}}, "some/where")
     with pytest.raises(UsageError, match=r"quantized \(hqq\)"):
-        foreign.refuse_codes({"quantization_config": {"quant_method": "hqq"}}, "some/where")
+        quantized.refuse_codes({"quantization_config": {"quant_method": "hqq"}}, "some/where")
