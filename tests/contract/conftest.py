@@ -50,9 +50,10 @@ class Subject:
     def flags(self) -> list[str]:
         """Return settings under which two ways to compute an update can be compared.
 
-        Refreshes come soon, nothing is dropped, and nothing is taken from the first micro-batch alone.
+        Refreshes come soon, nothing is dropped, and nothing is taken from the first micro-batch alone. A decomposition
+        leaves the signs of its vectors to rounding: they are aligned with those before.
         """
-        wanted = {"update_proj_gap": 3, "dropout": 0, "adapter_dropout": 0, "init": "random"}
+        wanted = {"update_proj_gap": 3, "dropout": 0, "adapter_dropout": 0, "init": "random", "moments": "align"}
         return [
             f"--{part.name}-{f.name.replace('_', '-')}={wanted[f.name]}"
             for part in self.parts

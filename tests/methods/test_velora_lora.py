@@ -3,7 +3,6 @@
 import pytest
 import torch
 from double import BOUND, distance, exact_norm
-from galore_torch import GaLoreAdamW as AdamW
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,7 +75,7 @@ def test_velora_on_lora_is_pefts(monkeypatch):
             if (key := name.removeprefix("base_model.model.")) in before:
                 p.copy_(before[key])
     trained = [p for p in theirs.parameters() if p.requires_grad]
-    optimizer = AdamW(trained, lr=0.01, eps=1e-6, weight_decay=0.1, no_deprecation_warning=True)
+    optimizer = torch.optim.AdamW(trained, lr=0.01, eps=1e-6, weight_decay=0.1)
     for batch in batches(20):
         optimizer.zero_grad()
         theirs(batch, labels=batch).loss.backward()
