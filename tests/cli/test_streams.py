@@ -109,8 +109,11 @@ def test_training_goes_on_without_its_screen(screen, tmp_path, monkeypatch, tiny
     assert_trained()
 
 
-@pytest.mark.parametrize("line", [TRAIN, "--help", "--version"])
-@pytest.mark.parametrize("sink", ["full", "pipe"])
+@pytest.mark.parametrize(("sink", "line"), [
+    ("full", TRAIN), ("pipe", "--version"), ("full", "--help"),
+    *(pytest.param(*case, marks=pytest.mark.slow)
+      for case in [("pipe", TRAIN), ("full", "--version"), ("pipe", "--help")]),
+])  # fmt: skip
 def test_stdout_that_takes_nothing_costs_the_result_line_only(line, sink, tmp_path, monkeypatch, tiny_flags):
     monkeypatch.chdir(tmp_path)
     if sink == "full":
@@ -133,8 +136,10 @@ def test_stdout_that_takes_nothing_costs_the_result_line_only(line, sink, tmp_pa
         assert_trained()
 
 
-@pytest.mark.parametrize("how", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-@pytest.mark.parametrize("line", ["--help", "svd-dump --model caf\u00e9-\u202e"])
+@pytest.mark.parametrize(("line", "how"), [
+    ("svd-dump --model caf\u00e9-\u202e", {"PYTHONIOENCODING": "ascii"}),
+    ("--help", {"LC_ALL": "C", "PYTHONUTF8": "0"}),
+])  # fmt: skip
 def test_ascii_streams_get_escapes(line, how, process):
     child = process(line, PYTHONCOERCECLOCALE="0", **how)
     out, err = child.communicate(timeout=60)
