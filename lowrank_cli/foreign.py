@@ -297,8 +297,7 @@ def weights_in(folder: Path) -> list[Path]:
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
     names = entry(read_json(index), "weight_map", dict, index).values()
-    broken = next((name for name in names if not isinstance(name, str)), None)
-    if broken is not None:
+    for broken in (name for name in names if not isinstance(name, str)):
         raise UsageError(f"{index} has {kind_of(broken)} as a file's name", AGAIN)
     files = [inside(folder, name, index) for name in sorted(set(names))]
     missing = next((file for file in files if not file.is_file()), None)

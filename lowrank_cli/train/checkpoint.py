@@ -352,7 +352,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, replicas: Alone)
     try:
         load_numbers(optimizer, entries["optimizer_numbers"])
         restore_rng(foreign.read_tensors(path / "rng.safetensors"), entries["python_rng"])
-        progress = progress_of(entries)
+        progress = progress_of(entries, step_of(path))
         kernels = entries.get("kernels")
         if not (kernels is None or (isinstance(kernels, list) and all(isinstance(name, str) for name in kernels))):
             raise TypeError(f"kernels is {kernels!r}")
@@ -365,9 +365,11 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, replicas: Alone)
     return progress, foreign.read_tensors(path / "method.safetensors")
 
 
-def progress_of(entries: dict[str, Any]) -> Progress:
-    """Return the progress that a checkpoint's JSON says; raises TypeError for an entry of another type."""
+def progress_of(entries: dict[str, Any], step: int) -> Progress:
+    """Return the progress that the JSON of a step's checkpoint says; raises ValueError or TypeError if it is none."""
     found = Progress()
+    if entries.get("step") != step:
+        raise ValueError(f"step is {entries.get('step')!r}")
     for f in fields(Progress):
         own, value = getattr(found, f.name), entries.get(f.name, getattr(found, f.name))
         numbers = isinstance(own, (int, float)) and isinstance(value, (int, float)) and not isinstance(value, bool)

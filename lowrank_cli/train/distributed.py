@@ -167,16 +167,23 @@ class World:
     def _wait(self, keys: list[str], timeout_s: float | None) -> None:
         """Until the keys are there; not longer than a failure of another rank, or the timeout."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self.store.check(keys):
+        while not self._has(keys):
             self._check_failed()
             if end is not None and time.monotonic() > end:
-                missing = [key.rpartition("/")[2] for key in keys if not self.store.check([key])]
+                missing = [key.rpartition("/")[2] for key in keys if not self._has([key])]
                 ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(missing)}"
                 raise LowrankError(
                     f"{ranks} of {self.place.world_size} did not join within {timeout_s:g} s",
                     "look at what those processes printed, and whether all were started",
                 )
             time.sleep(0.02)
+
+    def _has(self, keys: list[str]) -> bool:
+        """Whether the store has the keys; raises LowrankError if rank 0, which keeps it, has ended."""
+        try:
+            return self.store.check(keys)
+        except RuntimeError:
+            raise LowrankError("rank 0 has ended before the others", "look at what it printed") from None
 
     @contextmanager
     def first_on_node(self, what: str) -> Iterator[None]:
@@ -258,7 +265,7 @@ class World:
 
     def _check_failed(self) -> None:
         """Raises what another rank has failed with."""
-        if self.store.check(["failed"]):
+        if self._has(["failed"]):
             known = json.loads(self.store.get("failed"))
             error = LowrankError(f"rank {known['rank']}: {known['message']}", known["hint"])
             error.exit_code = known["exit_code"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig, to_yaml
-from lowrank_cli.errors import Interrupted, LowrankError
+from lowrank_cli.errors import Interrupted, LowrankError, UsageError
 from lowrank_cli.models.sharding import reshard, reunite
 from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.ops.shards import full_numel
@@ -115,7 +115,13 @@ class Session:
             path, model=self.model, optimizer=self.optimizer, replicas=self.replicas
         )
         self.load_method_states(states)
-        self.data.train.load_state_dict(self.progress.data)
+        try:
+            self.data.train.load_state_dict(self.progress.data)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UsageError(
+                f"the checkpoint {path} is damaged: progress.json has no position in the data ({error})",
+                "take an older one, or start again without --resume",
+            ) from None
 
 
 def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[str, Any]:
@@ -260,8 +266,9 @@ def clip(session: Session, gradients: Gradients) -> float | None:
     return value
 
 
-def not_finite(session: Session, what: str) -> LowrankError:
-    """Return the end of a run whose numbers broke: the step, the tensor, the last good checkpoint."""
+def not_finite(session: Session, what: str, step: int | None = None) -> LowrankError:
+    """Return the end of a run whose numbers broke: the step (the next one unless given), the tensor, the last good
+    checkpoint."""
     broken = audit.first_broken(session.model, session.optimizer, session.replicas, session.states)
     # rotary frequencies and the like are in no checkpoint, but a run that has broken ones breaks
     buffers = (n for n, b in session.model.named_buffers() if b.is_floating_point() and not bool(b.isfinite().all()))
@@ -271,7 +278,8 @@ def not_finite(session: Session, what: str) -> LowrankError:
         if broken
         else "all weights, moments and gradients are finite, so it arose in the forward pass"
     )
-    return LowrankError(f"{what} at step {session.progress.step + 1}; {where}", way_out(session))
+    step = session.progress.step + 1 if step is None else step
+    return LowrankError(f"{what} at step {step}; {where}", way_out(session))
 
 
 def way_out(session: Session) -> str:
@@ -351,6 +359,8 @@ def evaluate(session: Session, report: Reporter, stop: Stop) -> None:
     if session.replicas.sharded:
         reshard(session.model)
     report.evaluation(values, mean_line(values))
+    if not math.isfinite(values["loss"]):
+        raise not_finite(session, f"the validation loss is {values['loss']}", progress.step)
     if session.config.task is None or progress.step == 0:
         # what was not trained is never the best
         return

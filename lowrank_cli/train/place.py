@@ -45,6 +45,8 @@ class Place:
         world_size = number("WORLD_SIZE", 1)
         if world_size < 2 or not all(env.get(k) for k in ("RANK", "MASTER_ADDR", "MASTER_PORT")):
             return None
+        # a store whose keeper is gone is told in a sentence, without frames of C++
+        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         rank = number("RANK", 0)
         if rank >= world_size:
             raise UsageError(
