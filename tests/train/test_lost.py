@@ -187,9 +187,8 @@ def test_what_is_not_finite_is_named_and_never_saved(what, lowrank, tiny_flags, 
     code, _, err = lowrank(line, *tiny_flags, "--save-every", 2)
     assert code == 1
     said = {"weight": f"the weight {name}", "moment": f"exp_avg of {name}", "basis": f"of {name}"}
-    assert (
-        f"{said.get(what, f'the projected gradient of {name}')} holds a value that is not finite after step 4" in err
-    )
+    assert said.get(what, f"the projected gradient of {name}") in err
+    assert "step 4" in err
     assert "step-000002 is good" in err
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step-000002"]
     assert not Path("run/model").exists()
