@@ -128,7 +128,7 @@ class RunDir:
         try:
             return foreign.read_json(path)
         except UsageError as error:
-            console.warn(f"{error.message}; it is written anew")
+            console.warn(f"{error.message}; what it recorded is lost")
             return {}
 
     def update(self, **changes: Any) -> None:
@@ -183,11 +183,10 @@ def is_language_model(folder: Path, *, plain: bool = False) -> bool:
 def started(folder: Path) -> float:
     """Return when a run began, in seconds since 1970: what run.json says, else the age of its config.yaml."""
     said = RunDir(folder).record().get("started")
-    for form in (NOW, "%Y-%m-%dT%H:%M:%S"):
-        try:
-            return datetime.strptime(str(said), form).timestamp()
-        except ValueError:
-            continue
+    try:
+        return datetime.fromisoformat(str(said)).timestamp()
+    except ValueError:
+        pass  # a record that is gone or damaged
     file = next((folder / name for name in ("config.yaml", "run.json") if (folder / name).is_file()), folder)
     return file.stat().st_mtime
 

@@ -316,3 +316,28 @@ def test_a_best_that_is_damaged_is_named(tmp_path):
 
     with pytest.raises(UsageError, match=r"step\.json has a string as step"):
         checkpoint.best_step(tmp_path)
+
+
+def test_the_newest_run_is_the_one_that_began_last_and_has_a_language_model(tmp_path, monkeypatch):
+    from lowrank_cli.run import RunDir
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, started: str | None, **config: object) -> Path:
+        folder = tmp_path / "runs" / name
+        (folder / "model").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"started": started}) if started else "half")
+        file = "adapter_config.json" if "peft_type" in config else "config.json"
+        (folder / "model" / file).write_text(json.dumps(config))
+        return Path("runs", name)
+
+    last = run("20261127-1", "2026-11-27T10:00:00.500000+0000", architectures=["LlamaForCausalLM"])
+    # a name that sorts later, an hour of summer time that comes twice, a second that two runs share, an older form
+    run("baseline", "2026-11-27T09:59:59.900000+0000", architectures=["LlamaForCausalLM"])
+    run("summer", "2026-11-27T11:59:59+0200", architectures=["LlamaForCausalLM"])
+    run("zz", "2026-11-27T10:00:00.400000+0000", architectures=["LlamaForCausalLM"])
+    adapter = run("adapter", "2026-11-27T10:00:01+0000", peft_type="LORA", task_type="CAUSAL_LM")
+    run("classifier", "2026-11-27T10:00:02+0000", architectures=["LlamaForSequenceClassification"])
+    run("judge", "2026-11-27T10:00:03+0000", peft_type="LORA", task_type="SEQ_CLS")
+    assert RunDir.newest_with_model() == adapter
+    assert RunDir.newest_with_model(plain=True) == last
