@@ -379,8 +379,10 @@ def from_pretrained(cls: type, location: str | Path, **arguments: Any) -> Any:
     Raises:
         UsageError: it cannot be loaded without its code, or a JSON file of the folder is broken.
     """
+    # PEFT's model takes the base in the first place, and its folder by name
+    folder = arguments.get("model_id", location)
     for name in FOLDER:
-        if (path := Path(location) / name).is_file():
+        if (path := Path(folder) / name).is_file():
             read_json(path)
     try:
         return cls.from_pretrained(location, trust_remote_code=False, **arguments)
