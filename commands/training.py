@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli import config, console, foreign
+from lowrank_cli import config, console
 from lowrank_cli.config import Invocation, RunConfig, to_yaml
 from lowrank_cli.errors import FAILED, INTERRUPTED, Interrupted, LowrankError, MissingError, UsageError
 from lowrank_cli.lock import locked
@@ -61,9 +61,10 @@ def _run(
     level = console.QUIET if call.quiet else console.VERBOSE if call.verbose else console.NORMAL
     (world or console).set_level(level)
     folder, start = find_resumed(call)
+    began = None if folder is None else settings_of(folder, start)
     config_file = call.config
-    if folder is not None and config_file is None and call.preset is None:
-        config_file = str(settings_of(folder, start))
+    if began is not None and config_file is None and call.preset is None:
+        config_file = str(began)
     resolved = config.resolve(command, given, method_given, preset=call.preset, config_file=config_file)
     resolved = settled(resolved, world and world.place, resuming=folder is not None)
     if call.print_config:
@@ -82,7 +83,7 @@ def _run(
     if folder is None:
         RunDir.check(call.out)
     else:
-        check_same(settings_of(folder, start), folder, resolved)
+        check_same(began, folder, resolved)
         if (result := ended(folder, start)) and world is None:
             show_ended(folder, result, call)
             return
@@ -202,20 +203,9 @@ def find_resumed(call: Invocation) -> tuple[RunDir | None, Path | None]:
 
 
 def settings_of(folder: RunDir, start: Path | None) -> Path:
-    """Return the file of a run's settings: its own, or its checkpoint's where that is gone or damaged.
-
-    Raises:
-        UsageError, MissingError: there is none that can be read.
-    """
-    kept = [folder.path / "config.yaml", *([start / "config.yaml"] if start else [])]
-    for path in kept[:-1]:
-        try:
-            foreign.read_yaml(path)
-        except LowrankError as error:
-            console.warn(f"{error.message}: {kept[-1]} is taken")
-        else:
-            return path
-    return kept[-1]
+    """Return the file of a run's settings: its checkpoint's, whose checksum is kept, or the run's own."""
+    own = folder.path / "config.yaml"
+    return start / own.name if start is not None and (start / own.name).is_file() else own
 
 
 def show_ended(folder: RunDir, result: dict[str, Any], call: Invocation) -> None:
@@ -229,11 +219,16 @@ def show_ended(folder: RunDir, result: dict[str, Any], call: Invocation) -> None
 
 def ended(folder: RunDir, start: Path | None) -> dict[str, Any]:
     """Return the result of a run that has ended, if its end is what would be resumed; {} otherwise."""
+    from lowrank_cli.train.finish import SHOWN
+
     record = folder.record()
     result = record.get("result")
     if record.get("status") != "done" or not isinstance(result, dict) or start is None:
         return {}
-    return result if start.name == f"step-{result.get('steps', 0):06d}" and Path(result["model"]).is_dir() else {}
+    if not all(isinstance(result.get(key), kind) for key, kind in SHOWN.items()):
+        # another program has written into run.json: the end is made again from the checkpoint
+        return {}
+    return result if start.name == f"step-{result['steps']:06d}" and Path(result["model"]).is_dir() else {}
 
 
 def check_same(path: Path, folder: RunDir, resolved: RunConfig) -> None:

@@ -391,7 +391,7 @@ def from_pretrained(cls: type, location: str | Path, **arguments: Any) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise UsageError(
-            f"{location} is of a class that only its own code defines, and code from a model's folder is never run",
+            f"{folder} is of a class that only its own code defines, and code from a model's folder is never run",
             "take a model of a class that Transformers has",
         ) from None
 

@@ -31,6 +31,16 @@ if TYPE_CHECKING:
     from lowrank_cli.train.loop import Session
 
 
+# what the last lines on the screen are made of
+SHOWN = {
+    **dict.fromkeys(("command", "method", "device", "run", "model", "base", "sample"), str),
+    **dict.fromkeys(("is_adapter", "plots"), bool),
+    **dict.fromkeys(("steps", "tokens", "peak_memory_bytes", "optimizer_state_bytes", "stored_bytes"), int),
+    **dict.fromkeys(("trainable_parameters", "labels"), int),
+    **dict.fromkeys(("train_seconds", "validation_loss"), (int, float)),
+}
+
+
 def finish(session: Session) -> dict[str, Any]:
     """Write model/ and return what came of the run."""
     run, progress = session.run, session.progress

@@ -341,3 +341,14 @@ def test_the_newest_run_is_the_one_that_began_last_and_has_a_language_model(tmp_
     run("judge", "2026-11-27T10:00:03+0000", peft_type="LORA", task_type="SEQ_CLS")
     assert RunDir.newest_with_model() == adapter
     assert RunDir.newest_with_model(plain=True) == last
+
+
+@pytest.mark.parametrize("entry", [{"model": 7}, {"steps": "4"}, {"sample": None}, {"validation_loss": "x"}], ids=str)
+def test_a_result_of_another_kind_is_made_again_from_the_checkpoint(entry, lowrank, tiny_flags):
+    assert lowrank("pretrain --max-steps 2 --out run", *tiny_flags)[0] == 0
+    whole, record = weights(), json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps(record | {"result": record["result"] | entry}))
+    code, _, err = lowrank("pretrain --resume run")
+    assert code == 0, err
+    assert same(weights(), whole)
+    assert json.loads(Path("run/run.json").read_text())["result"]["model"] == "run/model"
