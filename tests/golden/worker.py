@@ -11,13 +11,15 @@ import itertools
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from contextlib import suppress
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets"))
+from places import places
 
 # seconds after which a run is given up
 LIMIT = 300
@@ -77,17 +79,6 @@ def run(argv: list[str], folder: str, ranks: int) -> dict:
     import_what_was_imported(folders[0] / IMPORTED)
     out, err = ((folders[0] / name).read_text(encoding="utf-8", errors="replace") for name in (OUT, ERR))
     return {"code": next((code for code in codes if code), 0), "out": out, "err": err}
-
-
-def places(ranks: int) -> list[dict[str, str]]:
-    """Return what torchrun tells each rank; nothing for a run alone."""
-    if ranks == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{"RANK": str(i), "LOCAL_RANK": str(i), **common} for i in range(ranks)]
 
 
 def be_command(argv: list[str], folder: Path, written: Path, place: dict[str, str], measuring: bool) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+
+from places import places
 
 # seconds after which a process is given up
 LIMIT = 120
@@ -141,17 +142,6 @@ def kill(pid: int, codes: dict[int, int]) -> None:
         # killed before it had made its group
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def places(ranks: int) -> list[dict[str, str]]:
-    """Return what torchrun tells each rank; nothing for a process alone."""
-    if ranks == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{"RANK": str(i), "LOCAL_RANK": str(i), **common} for i in range(ranks)]
 
 
 def be_command(line, folder: Path, place: dict[str, str], before, out: int, err: int) -> None:
