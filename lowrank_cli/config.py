@@ -192,6 +192,9 @@ def resolve(
             merged.setdefault(key, (value, f"default of {part.name}"))
         for key, value in part.presets.get(model, {}).items():
             method_merged.setdefault(part.name, {}).setdefault(key, (value, f"{part.name}'s default for {model}"))
+    if merged.get("per_layer", (False,))[0] is True:
+        # a norm of all gradients is known when all are there, which is what --per-layer is against
+        merged.setdefault("grad_clipping", (0.0, "default of --per-layer"))
     for key, value in spec.defaults.items():
         merged.setdefault(key, (value, f"default of {command}"))
     unused = {name for name, values in method_merged.items() if values} - {p.name for p in parts}

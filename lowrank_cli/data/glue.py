@@ -31,15 +31,21 @@ class Example:
 
 
 def load(
-    task: Task, data_dir: str | None, *, offline: bool = False, status: Callable[[str], None] = lambda _: None
-) -> tuple[list[Example], list[Example]]:
-    """The examples of a task to train on and to validate with, in the files' order.
+    task: Task,
+    data_dir: str | None,
+    *,
+    parts: tuple[str, ...] = ("train", "validation"),
+    offline: bool = False,
+    status: Callable[[str], None] = lambda _: None,
+) -> list[list[Example]]:
+    """Read the examples of parts of a task, in the files' order.
 
     The validation part is the published development set (MNLI: the matched one): the test labels are not public.
 
     Args:
         task: not a causal one.
         data_dir: a folder that holds the task's folder, or is it.
+        parts: "train" and "validation", or one of them.
         offline: without a folder, use what the cache of `datasets` holds, or fail.
         status: told of the rows that were left out.
     Raises:
@@ -48,22 +54,20 @@ def load(
     """
     if data_dir is not None:
         folder = task_folder(task, data_dir)
-        files = [_part(folder, task, part) for part in _PARTS]
-        train, validation = (_tsv(f, task) if f.suffix == ".tsv" else _records(f, task) for f in files)
-        names = [str(file) for file in files]
+        files = [_part(folder, task, part) for part in parts]
+        found = [(_tsv(f, task) if f.suffix == ".tsv" else _records(f, task), str(f)) for f in files]
     else:
         # datasets takes two seconds to import; files do not need it
         from lowrank_cli.data import hub
 
         with from_hub(task):
             splits = hub.whole(*task.hub, offline=offline)
-        own = next(part for part in _PARTS["validation"] if part in splits)
-        names = [f"{task.hub[0]} {task.name} ({part})" for part in ("train", own)]
-        train, validation = (
-            (_example(row, f"{name}, record {number}", task) for number, row in enumerate(splits[part], 1))
-            for name, part in zip(names, ("train", own), strict=True)
-        )
-    return _whole(train, names[0], status), _whole(validation, names[1], status)
+        own = [next(name for name in _PARTS[part] if name in splits) for part in parts]
+        found = [
+            (_rows(splits[name], where, task), where)
+            for name, where in ((name, f"{task.hub[0]} {task.name} ({name})") for name in own)
+        ]
+    return [_whole(examples, where, status) for examples, where in found]
 
 
 def _part(folder: Path, task: Task, part: str) -> Path:
@@ -97,6 +101,10 @@ def _tsv(path: Path, task: Task) -> Iterator[Example | str]:
 
 def _records(path: Path, task: Task) -> Iterator[Example]:
     return (_example(record, where, task) for where, record in read_records(path))
+
+
+def _rows(split: Iterable[Any], where: str, task: Task) -> Iterator[Example]:
+    return (_example(row, f"{where}, record {number}", task) for number, row in enumerate(split, 1))
 
 
 def _example(row: Any, where: str, task: Task) -> Example:

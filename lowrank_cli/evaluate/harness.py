@@ -125,7 +125,7 @@ def evaluate(subject: Subject, loaded: Loaded, settings: HarnessConfig) -> tuple
         "resumed": resumed,
         **circumstances(subject),
     }  # fmt: skip
-    return result, [sample for samples in output["samples"].values() for sample in samples]
+    return result, [_answer(sample) for samples in output["samples"].values() for sample in samples]
 
 
 def circumstances(subject: Subject) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def save(result: dict[str, Any], answers: list[dict[str, Any]], folder: Path, na
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
         if samples and answers:
-            lines = (dumps(_answer(sample), default=str) for sample in answers)
+            lines = (dumps(answer, default=str) for answer in answers)
             (place / f"{name}.answers.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         write_json(path, result)
     return path

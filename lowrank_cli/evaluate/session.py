@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
+from lowrank_cli.data.tasks import TASKS
 from lowrank_cli.errors import UsageError
 from lowrank_cli.evaluate.names import MT_BENCH, PPL, check
 from lowrank_cli.misfortune import check_writable
@@ -42,12 +43,19 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
         # before the libraries are imported, which read them once
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     names = names_of(settings.tasks)
-    check(names)
+    check(name for name in names if name not in TASKS)
     console.quiet_libraries()
     from lowrank_cli.evaluate import harness, mt_bench, tasks, text_perplexity
     from lowrank_cli.evaluate.subject import open_subject, result_folder
+    from lowrank_cli.models.load import labels_of
+    from lowrank_cli.models.source import locate
 
     batch_size = harness.batch_size_of(settings.batch_size)
+    source = locate(config.model, offline=offline)
+    if labels := labels_of(source):
+        yield _labelled(config, out, names, labels, source.name, batch_size, offline=offline)
+        return
+    check(names)
     plain = [name for name in names if name not in (PPL, MT_BENCH)]
     loaded = {
         part.name: part
@@ -91,15 +99,47 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
         yield result, path
 
 
+def _labelled(
+    config: RunConfig, out: str | None, names: list[str], labels: int, model: str, batch_size: int | None, *,
+    offline: bool,
+) -> tuple[dict[str, Any], Path]:  # fmt: skip
+    """Evaluate a classifier on its own task."""
+    from lowrank_cli.evaluate import harness, labelled
+    from lowrank_cli.evaluate.subject import open_subject, result_folder
+
+    settings, task = config.harness, labelled.task_of(names, labels, model)
+    asked = labelled.examples(task, settings, offline=offline)
+    subject = open_subject(
+        config.model,
+        device=config.common.device,
+        offline=offline,
+        memory_budget=settings.memory_budget,
+        seed=config.common.seed,
+        head=labelled.head(task),
+    )
+    folder, suffix = result_folder(subject, out)
+    check_writable(folder / "eval")
+    result, answers = labelled.evaluate(subject, task, asked, settings, batch_size)
+    stem = labelled.name_of(task, settings) + suffix
+    path = harness.save(result, answers, folder, stem, samples=settings.samples)
+    console.note(f"{task.name}: {path}")
+    return result, path
+
+
 def plan(config: RunConfig) -> dict[str, Any]:
     """What would be evaluated, without loading the model: questions of each task, and the model's place."""
     settings, offline = config.harness, is_offline(config)
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    from lowrank_cli.evaluate import harness, mt_bench, tasks, text_perplexity
+    from lowrank_cli.evaluate import harness, labelled, mt_bench, tasks, text_perplexity
+    from lowrank_cli.models.load import labels_of
     from lowrank_cli.models.source import locate
 
     names = names_of(settings.tasks)
+    source = locate(config.model, offline=offline)
+    if labels := labels_of(source):
+        task = labelled.task_of(names, labels, source.name)
+        return {"model": source.name, task.name: len(labelled.examples(task, settings, offline=offline))}
     plain = [name for name in names if name not in (PPL, MT_BENCH)]
     loaded = tasks.load(plain, settings.data_dir, offline=offline, num_fewshot=settings.num_fewshot)
     counts: dict[str, Any] = {part.name: harness.questions_in(part, settings.limit) for part in loaded}
@@ -108,4 +148,4 @@ def plan(config: RunConfig) -> dict[str, Any]:
         counts[PPL] = f"{text.num_words} words of {text.name}"
     if MT_BENCH in names:
         counts[MT_BENCH] = len(mt_bench.read_questions(settings.questions, settings.limit))
-    return {"model": locate(config.model, offline=offline).name, **counts}
+    return {"model": source.name, **counts}

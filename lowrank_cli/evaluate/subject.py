@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ class Subject:
 
 
 def open_subject(
-    config: SourceConfig, *, device: str, offline: bool, memory_budget: str | None = None, seed: int = 0
-) -> Subject:
+    config: SourceConfig, *, device: str, offline: bool, memory_budget: str | None = None, seed: int = 0,
+    head: load.Head | None = None,
+) -> Subject:  # fmt: skip
     """Load a model for evaluation.
 
     Args:
@@ -65,6 +66,7 @@ def open_subject(
         offline: never touch the network.
         memory_budget: such as "24GB"; what is free on the device unless given.
         seed: for the loader; nothing is drawn when weights are complete.
+        head: of a classifier.
     Raises:
         MissingError: no such model, or it has no tokenizer.
         PreflightError: its weights do not fit.
@@ -75,8 +77,10 @@ def open_subject(
     place = load.device_of(device)
     dtype = load.dtype_of(config.dtype, place)
     check_fits(source, dtype, place, memory_budget)
-    tokenizer = tokenizer_for(config, source, offline=offline)
-    model = load.load(config, config=None, dtype=dtype, device=place, seed=seed, offline=offline).eval()
+    tokenizer = tokenizer_for(config, source, offline=offline, labelled=head is not None)
+    if head is not None:
+        head = replace(head, pad_token_id=tokenizer.pad_token_id)
+    model = load.load(config, config=None, dtype=dtype, device=place, seed=seed, offline=offline, head=head).eval()
     load.check_vocabulary(model, tokenizer, training=False)
     console.note(f"model {source.name}: {console.human_count(model.num_parameters())} parameters, {dtype}, {place}")
     return Subject(model, tokenizer, source, digest(source), time.perf_counter() - start)
@@ -117,14 +121,17 @@ def _bytes_in(path: Path, dtype: torch.dtype) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
 
 
-def tokenizer_for(config: SourceConfig, source: Source, *, offline: bool) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer as lm-eval would load it; one that names no special token has them guessed."""
+def tokenizer_for(
+    config: SourceConfig, source: Source, *, offline: bool, labelled: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the model's own tokenizer as lm-eval would load it, or as fine-tuning does for `labelled` examples; one
+    that names no special token has them guessed."""
     name = load.tokenizer_of(config)
     if name is None:
         raise MissingError(
             f"{source.name} has no tokenizer", "put the tokenizer's files (tokenizer.json) into the model's folder"
         )
-    if Path(name).is_dir() or not Path(name).exists():
+    if not labelled and (Path(name).is_dir() or not Path(name).exists()):
         try:
             with foreign.reading(name, "a folder with a tokenizer", "copy or save the model again"):
                 tokenizer = foreign.from_pretrained(

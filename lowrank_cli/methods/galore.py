@@ -40,7 +40,8 @@ class GaLore(Method):
     acts_on = frozenset({"gradients"})
     commands = frozenset({"pretrain", "finetune"})
     defaults = {"lr": 0.01}
-    command_defaults = {"finetune": {"lr": 2e-4}}
+    # clipping would make every gradient wait, whole, for the norm of all
+    command_defaults = {"finetune": {"lr": 2e-4, "grad_clipping": 0.0}}
     presets = {model: {"rank": rank} for model, rank in RANKS.items()} | {
         "llama-7b": {"rank": 1024, "update_proj_gap": 500}
     }

@@ -47,7 +47,8 @@ class GradNormLoRP(Method):
     acts_on = frozenset({"gradients", "weights"})
     commands = frozenset({"pretrain", "finetune"})
     defaults = {"lr": 0.01}
-    command_defaults = {"finetune": {"lr": 3e-5}}
+    # clipping would make every gradient wait, whole, for the norm of all
+    command_defaults = {"finetune": {"lr": 3e-5, "grad_clipping": 0.0}}
     presets = {model: {"rank": rank} for model, rank in RANKS.items()} | {
         "llama-7b": {"rank": 1024, "update_proj_gap": 500}
     }

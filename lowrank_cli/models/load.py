@@ -33,6 +33,7 @@ from lowrank_cli.models.architecture import build_config, check_length, position
 from lowrank_cli.models.source import Source, locate, tokenizer_of
 from lowrank_cli.models.tying import apart
 from lowrank_cli.ops.finite import refuse_non_finite
+from lowrank_cli.run import is_language_model
 
 __all__ = [
     "Head",
@@ -42,6 +43,7 @@ __all__ = [
     "config_of",
     "device_of",
     "dtype_of",
+    "labels_of",
     "load",
     "meta",
     "positions",
@@ -50,6 +52,7 @@ __all__ = [
 
 # checkpoints round the vocabulary up for the hardware; more than this is another tokenizer
 PADDED_VOCABULARY = 1.02
+_CLASSIFIER = "ForSequenceClassification"
 
 
 def load(
@@ -125,6 +128,17 @@ def config_of(model: ModelConfig, *, offline: bool) -> PretrainedConfig:
         config = foreign.from_pretrained(AutoConfig, source.location, **source.arguments)
     _look(source, config)
     return config
+
+
+def labels_of(source: Source) -> int:
+    """Return how many labels the head of a classifier has; 0 for a language model, and for an adapter of one."""
+    folder = source.location if source.adapter is None else source.adapter
+    if source.gguf is not None or (source.adapter is not None and is_language_model(Path(folder))):
+        return 0
+    with _readable_errors(source):
+        config = foreign.from_pretrained(AutoConfig, folder, local_files_only=source.is_local)
+    classifies = source.adapter is not None or any(_CLASSIFIER in name for name in config.architectures or ())
+    return config.num_labels if classifies else 0
 
 
 def _look(source: Source, config: PretrainedConfig) -> None:
@@ -230,6 +244,11 @@ def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None
     Raises:
         UsageError, MissingError, LowrankError: as `load`.
     """
+    if head is None and labels_of(source):
+        raise UsageError(
+            f"{source.name} is a classifier: its head gives labels, and a language model's head is not there",
+            f"score its own task with: lowrank eval TASK --model {source.name}; or give a language model",
+        )
     labels = {} if head is None else head.arguments
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING if head is None else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     auto = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification

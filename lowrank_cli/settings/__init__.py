@@ -53,6 +53,7 @@ COMMANDS = {
             "scheduler": "linear",
             "min_lr_ratio": 0.0,
             "lr": 2e-4,
+            "grad_clipping": 1.0,
         },
     ),
     "compress": Command({"model": SourceConfig, "compress": CompressConfig, "common": CommonConfig}, method="welore"),

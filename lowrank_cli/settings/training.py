@@ -69,12 +69,14 @@ class OptimConfig:
         choices=("auto", "cuda", "cpu", "torch"),
     )
     stochastic_rounding: bool = option(False, "round bfloat16 weights up or down at random, so that no update is lost")
-    lr: float = option(1e-3, "peak learning rate", above=0)
+    lr: float = option(1e-3, "peak learning rate", above=0, max=10)
     beta1: float = option(0.9, "decay of the first moment", min=0, below=1)
     beta2: float = option(0.999, "decay of the second moment", min=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", min=0)
     weight_decay: float = option(0.0, "decoupled weight decay, on matrices only", min=0)
-    grad_clipping: float = option(0.0, "largest global gradient norm; 0 is off", min=0)
+    grad_clipping: float = option(
+        0.0, "largest global gradient norm; 0 is off, and with --per-layer it is off unless given", min=0
+    )
     scheduler: str = option(
         "cosine",
         "learning-rate schedule after the warm-up",

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 # what the last lines on the screen are made of
 SHOWN = {
-    **dict.fromkeys(("command", "method", "device", "run", "model", "base", "sample"), str),
+    **dict.fromkeys(("command", "method", "device", "run", "model", "base", "sample", "task", "data_dir"), str),
     **dict.fromkeys(("is_adapter", "plots"), bool),
     **dict.fromkeys(("steps", "tokens", "peak_memory_bytes", "optimizer_state_bytes", "stored_bytes"), int),
-    **dict.fromkeys(("trainable_parameters", "labels"), int),
+    **dict.fromkeys(("trainable_parameters",), int),
     **dict.fromkeys(("train_seconds", "validation_loss"), (int, float)),
 }
 
@@ -81,7 +81,8 @@ def finish(session: Session) -> dict[str, Any]:
         "is_adapter": not merging,
         "is_compressed": getattr(session.model.config, "quantization_config", None) is not None,
         "base": session.base,
-        "labels": getattr(session.model.config, "num_labels", 0),
+        "task": (task.task if task is not None else None) or "",
+        "data_dir": (task.data_dir if task is not None else None) or "",
         "plots": session.config.train.plots,
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -278,15 +279,8 @@ def next_commands(result: dict[str, Any]) -> list[str]:
         ]
     evaluate = f"lowrank eval mmlu --model {typed}"
     if "validation_perplexity" not in result:
-        auto, load = (
-            "from transformers import AutoModelForSequenceClassification as A",
-            f"A.from_pretrained({model!r})",
-        )
-        if result["is_adapter"]:
-            auto = f"{auto}, AutoConfig as C; from peft import PeftModel as P"
-            base = f"A.from_pretrained({result['base']!r}, config=C.from_pretrained({model!r}))"
-            load = f"P.from_pretrained({base}, {model!r})"
-        return [f"python -c {shlex.quote(f'{auto}; print({load})')}"]
+        data = f" --data-dir {shlex.quote(result['data_dir'])}" if result["data_dir"] else ""
+        return [f"lowrank eval {result['task']} --model {typed}{data}"]
     if not result["is_adapter"]:
         return [evaluate, *([] if result.get("is_compressed") else [f"lowrank compress --model {typed}"])]
     if result["base"].endswith(".gguf"):

@@ -102,8 +102,8 @@ def test_flags_win_over_yaml_over_preset_over_method_over_defaults(lowrank):
     shown = printed(lowrank, "--preset galore-llama-60m --config a.yaml")
     assert (shown["lr"], shown["galore"]["rank"], shown["warmup_steps"]) == (5e-4, 7, 1000)
     assert shown["max_train_tokens"] == 1_500_000
-    shown = printed(lowrank, "--preset galore-llama-60m --config a.yaml --lr 2 --galore-rank 9")
-    assert (shown["lr"], shown["galore"]["rank"]) == (2.0, 9)
+    shown = printed(lowrank, "--preset galore-llama-60m --config a.yaml --lr 0.5 --galore-rank 9")
+    assert (shown["lr"], shown["galore"]["rank"]) == (0.5, 9)
     assert not Path("runs").exists()
 
 

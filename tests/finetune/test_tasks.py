@@ -54,6 +54,30 @@ def test_metric_by_epoch_and_a_classifier_that_loads(method, lowrank, flags, bas
     else:
         model = AutoModelForSequenceClassification.from_pretrained("run/model")
     assert sorted(model.config.id2label) == [0, 1]
+    (line,) = (line.strip() for line in err.splitlines() if line.strip().startswith("lowrank eval"))
+    assert line.startswith("lowrank eval mrpc --model run/model --data-dir ")
+    code, out, err = lowrank(line.removeprefix("lowrank "), "--max-length", "64", "--json")
+    assert code == 0, err
+    (scored,) = json.loads(out)["results"]
+    assert {row["metric"]: row["value"] for row in scored["rows"]}["f1"] == result["validation_f1"]
+    assert scored["loss"] == pytest.approx(result["validation_loss"], rel=1e-5)
+
+
+def test_a_classifier_is_asked_its_own_task_only(lowrank, flags, glue, base):
+    code, _, err = lowrank("finetune --method full --max-steps 2 --out run", *flags)
+    assert code == 0, err
+    for task in ("mmlu", "mrpc,cola", "stsb", "ppl"):
+        code, out, err = lowrank(f"eval {task} --model run --data-dir {glue}")
+        assert (code, out) == (2, ""), err
+        assert f"run/model is a classifier with 2 labels, and cannot be asked {task}" in err
+        assert "name the task that it was trained on: cola, sst2, mrpc" in err
+    for line in ("compress --model run --welore-rank 8", "finetune --model run --method welore"):
+        code, out, err = lowrank(line)
+        assert code == 2
+        assert "run/model is a classifier: its head gives labels" in err
+    code, out, err = lowrank(f"eval mrpc --model run --data-dir {glue} --limit 7 --dry-run --json")
+    assert code == 0, err
+    assert json.loads(out) == {"model": "run/model", "mrpc": 7}
 
 
 def answers(folder):

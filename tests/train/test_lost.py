@@ -218,7 +218,7 @@ def test_a_run_that_diverged_is_an_error_and_hands_nothing_back(task, lowrank, t
         line = f"finetune --model {stories} --dataset r.jsonl --template plain --method full --no-plots"
         result = lowrank(f"{line} --lr 1 --max-steps 6 --batch-size 4 --out run")
     else:
-        result = lowrank("pretrain --lr 100 --max-steps 12 --grad-clipping 0 --out run", *tiny_flags)
+        result = lowrank("pretrain --lr 10 --max-steps 12 --grad-clipping 0 --out run", *tiny_flags)
     code, _, err = result
     assert code == 1, err
     assert "training diverged" in err
