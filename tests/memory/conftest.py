@@ -38,7 +38,7 @@ def base(tmp_path_factory) -> str:
     config = resolve("pretrain", {"model": "llama-9m"}, {})
     architecture = models.build_config(config.model, vocab_size=2048, max_length=256)
     architecture.pad_token_id, architecture.num_hidden_layers = 0, 2
-    models.meta(architecture).to_empty(device="cpu").save_pretrained(path)
+    filled(models.meta(architecture)).save_pretrained(path)
     return str(path)
 
 
@@ -113,7 +113,12 @@ def measure(description: Description) -> int:
 
 def random_model(description: Description) -> torch.nn.Module:
     """The description's model with numbers in it."""
-    model = description.model().to_empty(device="cpu")
+    return filled(description.model())
+
+
+def filled(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model of the meta device with random numbers: what memory happens to hold may be no number."""
+    model = model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
