@@ -27,6 +27,8 @@ from lowrank_cli.memory.tracker import (
 from lowrank_cli.methods import Method
 from lowrank_cli.models.layers import layers_of
 from lowrank_cli.optim.gradients import Gradients
+from lowrank_cli.optim.projected import Projected
+from lowrank_cli.optim.space import collected
 
 Batch = dict[str, Tensor]
 
@@ -107,17 +109,17 @@ def simulated(run: Run, parts: Parts) -> Iterator[list[Peak]]:
         p.register_post_accumulate_grad_hook(lambda p: tracker.label(p.grad, GRADIENTS))
     _watch(sim)
     gradients = Gradients(model, optimizer, per_layer=run.optim.per_layer, clipping=run.optim.grad_clipping)
-    projected = getattr(optimizer, "projected", {})
-    if projected:
-        _watch_refresh(optimizer, tracker)
+    projected = getattr(optimizer, "projected", [])
+    for space in projected:
+        _watch_refresh(space, tracker)
     kinds = [FIRST, ORDINARY, *([REFRESHING] if run.refreshes and projected else [])]
     model.train()
     for kind in kinds:
         if kind == REFRESHING:
             # staggered, they are due one by one
-            due = [max(projected, key=torch.numel)] if any(g["stagger"] for g in projected.values()) else projected
-            for p in due:
-                optimizer.state[p]["until_refresh"] = 0
+            staggered = any(space.group["stagger"] for space in projected)
+            for space in [max(projected, key=lambda s: s.weight.numel())] if staggered else projected:
+                space.state["until_refresh"] = 0
         _update(sim, kind, optimizer, gradients)
         if kind == kinds[-1]:
             tracker.mark("end", "end", -1)
@@ -146,9 +148,8 @@ def _update(sim: _Simulation, kind: str, optimizer: torch.optim.Optimizer, gradi
             # not the method of the tensor: it would turn the function mode off
             torch.autograd.backward(loss)
             del loss, batch
-            for held in ("low_rank_grads", "magnitude_grads"):
-                for buffer in getattr(optimizer, held, {}).values():
-                    tracker.label(buffer, GRADIENTS)
+            for _, part in collected(gradients.spaces):
+                tracker.label(part, GRADIENTS)
         tracker.mark(kind, "step", -1)
         for part in sim.parts.methods:
             part.before_step(model)
@@ -207,15 +208,15 @@ def _watch(sim: _Simulation) -> None:
         base.register_forward_hook(enter_loss)
 
 
-def _watch_refresh(optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
+def _watch_refresh(space: Projected, tracker: Tracker) -> None:
     """Give the refresh's temporaries their own label, and the basis that it makes."""
-    plain = optimizer._refresh
+    plain = space.refresh
 
-    def refresh(p: Tensor, state: dict, group: dict) -> None:
+    def refresh() -> None:
         with tracker.during(REFRESH):
-            plain(p, state, group)
-        for key, value in state.items():
+            plain()
+        for key, value in space.state.items():
             if key.startswith("basis_"):
                 tracker.label(value, BASES)
 
-    optimizer._refresh = refresh
+    space.refresh = refresh

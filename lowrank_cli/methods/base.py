@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowrank_cli.config import RunConfig
+    from lowrank_cli.ops.replicas import Alone
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class Method:
         """Split and tag the optimizer's groups. A group's `params` are (name, parameter) pairs; `role` says what
         happens to them and `why`, where it helps, why nothing more does."""
         return groups
+
+    def distribute(self, model: nn.Module, replicas: Alone) -> None:
+        """Called where several processes train the model together, each on its own batches."""
 
     def before_step(self, model: nn.Module) -> None:
         """Called once an update, when all its micro-batches have had their backward, before clipping and the step."""

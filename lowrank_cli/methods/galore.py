@@ -8,7 +8,7 @@ vectors of its current gradient G. Between refreshes the update rule, here AdamW
     W <- W - lr * scale * N Q^T       or   W <- W - lr * scale * P N
 
 The weight itself stays full-rank and is trained everywhere. Zhao et al., arXiv:2403.03507, Alg. 2. The step is in
-`optim/adamw.py`, the projections in `optim/projection.py`; this file says which tensors are projected and how.
+`optim/projected.py`, the projections in `optim/projection.py`; this file says which tensors are projected and how.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class GaLore(Method):
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         from lowrank_cli.models.targets import select
+        from lowrank_cli.optim.projected import Projected
 
         targeted = {f"{name}.weight" for name in select(model, None)}
         tagged, clamped = [], set()
@@ -105,7 +106,7 @@ class GaLore(Method):
                     by_rank.setdefault(rank, []).append((name, p))
             rest = [(name, p) for name, p in group["params"] if not (name in targeted and p.dim() == 2)]
             for rank, params in by_rank.items():
-                tags = asdict(self.config) | {"role": "galore", "rank": rank, "params": params}
+                tags = asdict(self.config) | {"role": "galore", "rank": rank, "space": Projected, "params": params}
                 tagged.append(group | tags)
             if rest:
                 tagged.append({**group, "params": rest, "why": "outside the layers' linears"})

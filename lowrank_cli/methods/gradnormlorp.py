@@ -9,9 +9,9 @@ Both train the magnitude by the plain rule, and the gradient of V, I or J by the
 al., arXiv:2412.19616, eq. 2-6 and Alg. 1, which project two-sided; their code projects one-sided. Gradients are exact,
 with the tangent part that their code leaves out; `detached_norm` leaves it out as DoRA does, arXiv:2402.09353.
 
-Full mode keeps no copy of the weight: the step is in `optim/weight_norm.py`, inside the projected step of
-`optim/base.py`. The adapter is `models/weight_norm_linear.py`. What is the paper's and what is reconstructed is in
-docs/methods/gradnormlorp.md.
+Full mode keeps no copy of the weight: the step is in `optim/weight_norm.py`, on
+`optim/projected.py`. The adapter is `models/weight_norm_linear.py`. What is the paper's and what is reconstructed is
+in docs/methods/gradnormlorp.md.
 """
 
 from __future__ import annotations
@@ -165,8 +165,11 @@ class GradNormLoRP(Method):
 
     def full_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         """galore's groups, each with its weights normalised."""
+        from lowrank_cli.optim.weight_norm import Normalised
+
         own = {
             "role": "gradnormlorp",
+            "space": Normalised,
             "weight_norm": "detached" if self.config.detached_norm else "exact",
             "magnitude_scale": self.config.magnitude_scale,
             "in_backward": self.config.in_backward,
@@ -180,6 +183,7 @@ class GradNormLoRP(Method):
     def adapter_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         """The factors projected where that makes them smaller; magnitudes and the head of a task by the plain rule."""
         from lowrank_cli.models.weight_norm_linear import layers
+        from lowrank_cli.optim.projected import Projected
 
         magnitudes = {f"{name}.lora_magnitude_vector" for name in layers(model)}
         factors = {f"{name}.{leaf}" for name in layers(model) for leaf in ("lora_A", "lora_B")}
@@ -191,7 +195,8 @@ class GradNormLoRP(Method):
         if rotated:
             why = f"a basis of rank {rank} would only rotate them"
             console.note(f"{len(rotated)} factors of the adapter are not projected: {why}")
-        projected = [g | asdict(self.projection(rank).config) | {"role": "gradnormlorp"} for g in own]
+        tags = asdict(self.projection(rank).config) | {"role": "gradnormlorp", "space": Projected}
+        projected = [g | tags for g in own]
         plain = [g | {"role": "gradnormlorp", "why": "not projected"} for g in plain]
         return [*projected, *plain, *(g | {"why": "the head of the task"} for g in heads)]
 

@@ -30,6 +30,8 @@ from lowrank_cli.optim import state_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lowrank_cli.ops.replicas import Alone
+
 # the letters of the paper's tables, for LLaMA-like names and for BERT-like ones
 LETTERS = {
     "q": ("q_proj", "query"),
@@ -172,6 +174,8 @@ class VeLoRA(Method):
         return number if wanted is not None else features // number
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
+        from lowrank_cli.optim.factored import Factored
+
         wrapped = {
             f"{n}.weight": m.factored_gradient for n, m in model.named_modules() if hasattr(m, "factored_gradient")
         }
@@ -186,7 +190,8 @@ class VeLoRA(Method):
                 why = self.freed(model, name, layer.compressor.num_groups, p.shape[1])
                 tags = {"params": [(name, p)], "role": "velora", "why": why}
                 frozen = layer.compressor.is_frozen
-                tagged.append(group | tags | ({"num_groups": layer.compressor.num_groups} if frozen else {}))
+                own = {"num_groups": layer.compressor.num_groups, "space": Factored} if frozen else {}
+                tagged.append(group | tags | own)
         return tagged
 
     def freed(self, model: nn.Module, name: str, num_groups: int, features: int) -> str:
@@ -200,6 +205,11 @@ class VeLoRA(Method):
         if keeping:
             return f"frees nothing: {' and '.join(keeping)} keep the same input"
         return f"keeps {num_groups} of {features} numbers a token"
+
+    def distribute(self, model: nn.Module, replicas: Alone) -> None:
+        for module in model.modules():
+            if hasattr(module, "factored_gradient"):
+                module.factored_gradient.compressor.replicas = replicas
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         found = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class VeLoRA:
 
     def __init__(self, module: nn.Linear, compressor: Compressor, scale: float):
         self.module, self.compressor, self.scale = module, compressor, scale
-        self.sink: Callable[[Tensor], None] | None = None
+        self.space: Any = None  # that takes the gradient as a factor
         compressor.users += 1
         module.factored_gradient = self
         module.forward = self.forward
@@ -111,4 +111,5 @@ class VeLoRA:
         if not (torch.is_grad_enabled() and module.training and module.weight.requires_grad):
             return nn.functional.linear(x, module.weight, module.bias)
         kept, vector = self.compressor(x)
-        return velora_linear(x, module.weight, module.bias, kept, vector, self.scale, self.sink)
+        (leaf,) = self.space.leaves if self.space is not None else (None,)
+        return velora_linear(x, module.weight, module.bias, kept, vector, self.scale, leaf)

@@ -5,7 +5,12 @@ Shapes: x is (..., n), the weight (m, n), y = x W^T is (..., m); N tokens in all
     right: R = G Q   = dY^T (X Q)     X Q (N, r) is saved instead of X (N, n)
     left:  R = P^T G = (dY P)^T X
 
-The products <G_i, W_i> of the rows, which weight normalisation needs, come from the output: sum_t dY_ti (y_ti - b_i).
+R is the gradient of a leaf Z that stands for the weight: W + Z Q^T or W + P Z at Z = 0. So autograd itself sums it
+over uses, micro-batches and recomputations, and leaves alone what it would leave alone: frozen weights, gradients of
+the input only, weights that another tensor has taken the place of.
+
+The products <G_i, W_i> of the rows, which weight normalisation needs, come from the output: sum_t dY_ti (y_ti - b_i);
+they are the gradient of a second leaf (m,).
 
 The product G = dY^T X costs 2 N m n; these cost 2 N r (m + n), and no (m, n) gradient exists. The output and dX are
 those of an ordinary linear. CompAct, arXiv:2410.15352, does this with random bases.
@@ -13,59 +18,107 @@ those of an ordinary linear. CompAct, arXiv:2410.15352, does this with random ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_cli.ops.precision import wide
 
 
+class Handle:
+    """A module's way to the space of its weight; a copy of the module has none, and is an ordinary linear."""
+
+    def __init__(self, space: Any = None):
+        self.space = space
+
+    def __deepcopy__(self, memo: dict) -> Handle:
+        return Handle()
+
+    def __reduce__(self) -> tuple:
+        return Handle, ()
+
+
+class ProjectedLinear(nn.Linear):
+    """An `nn.Linear` whose weight's space takes the gradient small, whenever its basis stands."""
+
+    handle: Handle
+
+    @classmethod
+    def dress(cls, module: nn.Linear, space: Any) -> None:
+        """Make an ordinary linear one of these."""
+        module.__class__, module.handle = cls, Handle(space)
+
+    @staticmethod
+    def undress(module: nn.Linear) -> None:
+        """Make it an ordinary one again."""
+        module.__class__ = nn.Linear
+        del module.handle
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, (..., m) of (..., n)."""
+        space, weight = self.handle.space, self.weight
+        usual = (
+            space is None
+            or not space.is_open
+            or not torch.is_grad_enabled()
+            or not weight.requires_grad
+            # pruned, parametrized or called with another weight; one that is cut is put together for the moment
+            or not (weight is space.weight or space.layout.is_cut)
+        )
+        if usual:
+            return F.linear(x, weight, self.bias)
+        return projected_linear(x, weight, self.bias, space.bases_in_backward(), *space.leaves)
+
+
 def projected_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bases: dict[str, Tensor], sink: Callable[..., None], *,
-    row_dots: bool = False,
-) -> Tensor:  # fmt: skip
-    """x W^T + b, exact; in backward, `sink` gets the projected gradient of the weight, whose .grad stays as it is.
+    x: Tensor, weight: Tensor, bias: Tensor | None, bases: dict[str, Tensor], leaf: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """Return x W^T + b, exact; in backward the leaf gets the projected gradient of the weight, which gets none.
 
     Args:
         x: (..., n).
         weight: (m, n).
         bias: (m,) or None.
         bases: "left": P (m, r) and/or "right": Q (n, r).
-        sink: called once in backward with P^T G (r, n), G Q (m, r) or P^T G Q (r, r).
-        row_dots: keep the output too, and give the sink <G_i, W_i> (m,) as its second argument.
+        leaf: zeros; its gradient is P^T G (r, n), G Q (m, r) or P^T G Q (r, r), in its dtype.
+        rows: zeros (m,), if the products <G_i, W_i> are wanted as its gradient; the output is kept for them.
     Returns:
         (..., m).
     """
-    return _ProjectedLinear.apply(x, weight, bias, bases.get("left"), bases.get("right"), sink, row_dots)
+    return _Projected.apply(x, weight.detach(), bias, bases.get("left"), bases.get("right"), leaf, rows)
 
 
-class _ProjectedLinear(torch.autograd.Function):
+class _Projected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, left, right, sink, row_dots):
-        ctx.sink = sink
+    def forward(ctx, x, weight, bias, left, right, leaf, rows):
         y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x if right is None else x @ right, weight, left, *((y, bias) if row_dots else ()))
+        ctx.dtypes = x.dtype, leaf.dtype
+        kept = x if right is None else x @ right
+        ctx.save_for_backward(kept, weight, left, *((y, bias) if rows is not None else ()))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         kept, weight, left, *output = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dtype, wider = ctx.dtypes
+        # under autocast the products are narrower than what they are of
+        dx = (dy @ weight.to(dy.dtype)).to(dtype) if ctx.needs_input_grad[0] else None
         flat = dy.reshape(-1, dy.shape[-1])  # (N, m)
-        dbias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        dbias = flat.sum(0).to(dtype) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[5]:
+            return dx, None, dbias, None, None, None, None
         dots = row_products(flat, *output) if output else None
         if left is not None:
-            flat = flat @ left  # (N, r)
-        grad = flat.mT @ kept.reshape(-1, kept.shape[-1])
-        ctx.sink(*((grad,) if dots is None else (grad, dots)))
-        return dx, None, dbias, None, None, None, None
+            flat = flat @ left.to(flat.dtype)  # (N, r)
+        grad = flat.mT @ kept.reshape(-1, kept.shape[-1]).to(flat.dtype)
+        return dx, None, dbias, None, None, grad.to(wider), dots
 
 
 def row_products(dy: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """<G_i, W_i> (m,) of every row: sum_t dY_ti (y_ti - b_i), with dY (N, m) and y (..., m); float32 or wider."""
+    """Return <G_i, W_i> (m,) of every row: sum_t dY_ti (y_ti - b_i), with dY (N, m), y (..., m); float32 or wider."""
     precision = wide(dy.dtype)
     dots = (dy * y.reshape(dy.shape)).sum(0, dtype=precision)
     return dots if bias is None else dots - bias.to(precision) * dy.sum(0, dtype=precision)

@@ -52,6 +52,10 @@ class Whole:
         """What this process's rows of the weight need of an update, from its own rows of it."""
         return update
 
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over processes of what each has from its own rows, such as the squares of columns."""
+        return part
+
     def height(self, part: Tensor, bases: dict[str, Tensor]) -> int:
         """Rows of the whole gradient, projected with some bases or with none, that a process has a part of."""
         return part.shape[0] if part.dim() else 1
@@ -86,6 +90,10 @@ class Shard(Whole):
 
     def settled(self, low_rank_grad: Tensor, bases: dict[str, Tensor]) -> Tensor:
         return self.summed(low_rank_grad) if "left" in bases else low_rank_grad
+
+    def total(self, part: Tensor) -> Tensor:
+        self.replicas.sum_([part := part.contiguous().clone()])
+        return part
 
     def expandable(self, update: Tensor, bases: dict[str, Tensor]) -> Tensor:
         return self.replicas.gathered(update, self.height(update, bases)) if "left" in bases else update

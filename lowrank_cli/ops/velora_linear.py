@@ -12,8 +12,6 @@ for every sample; the factored form is the same gradient in 1/M of the operation
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +24,7 @@ def compress(x: Tensor, vector: Tensor) -> Tensor:
 
 def velora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, vector: Tensor, scale: float,
-    sink: Callable[[Tensor], None] | None,
+    leaf: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """x W^T + b, exact; backward works from `kept` alone.
 
@@ -37,31 +35,32 @@ def velora_linear(
         kept: zp, (..., G), as `compress` returns.
         vector: v, (M,).
         scale: factor of the weight's gradient.
-        sink: called in backward with F (m, G); without one the weight gets the dense gradient F (x) v.
+        leaf: zeros (m, G) that stand for the weight: their gradient is F; without them the weight gets the dense
+            gradient F (x) v.
     Returns:
         (..., m).
     """
-    return _VeLoRALinear.apply(x, weight, bias, kept, vector, scale, sink)
+    return _VeLoRALinear.apply(x, weight if leaf is None else weight.detach(), bias, kept, vector, scale, leaf)
 
 
 class _VeLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, kept, vector, scale, sink):
+    def forward(ctx, x, weight, bias, kept, vector, scale, leaf):
         ctx.save_for_backward(kept, weight, vector)
-        ctx.scale, ctx.sink = scale, sink
+        ctx.scale, ctx.dtype = scale, x.dtype
+        ctx.factored = None if leaf is None else leaf.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         kept, weight, vector = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        # under autocast the products are narrower than what they are of
+        dx = (dy @ weight.to(dy.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         flat = dy.reshape(-1, dy.shape[-1])  # (N, m)
         dbias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        factor = (flat.mT @ kept.reshape(-1, kept.shape[-1])).mul_(ctx.scale)  # (m, G)
-        dense = None
-        if ctx.sink is not None:
-            ctx.sink(factor)
-        elif ctx.needs_input_grad[1]:
-            dense = (factor.unsqueeze(-1) * vector.to(factor.dtype)).flatten(1)
+        factor = (flat.mT @ kept.reshape(-1, kept.shape[-1]).to(flat.dtype)).mul_(ctx.scale)  # (m, G)
+        if ctx.factored is not None:
+            return dx, None, dbias, None, None, None, factor.to(ctx.factored)
+        dense = (factor.unsqueeze(-1) * vector.to(factor.dtype)).flatten(1) if ctx.needs_input_grad[1] else None
         return dx, dense, dbias, None, None, None, None

@@ -36,7 +36,7 @@ def build(config: OptimConfig, groups: list[dict]) -> Optimizer:
     """
     betas, rounding = (config.beta1, config.beta2), config.stochastic_rounding
     parameters = [p for group in groups for _, p in group["params"]]
-    small = any("rank" in group or "num_groups" in group for group in groups)
+    small = any("space" in group or "rank" in group for group in groups)
     if config.optimizer == "adafactor":
         from lowrank_cli.optim.adafactor import GaLoreAdafactor
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.ops.precision import cut, wide
-from lowrank_cli.optim.base import ProjectedOptimizer
+from lowrank_cli.optim.optimizer import LowRankOptimizer
+from lowrank_cli.optim.rules import Decaying
 
 
 def adafactor_(update: Tensor, state: dict, *, beta2: float, floor: float, clip_threshold: float, lr: float,
@@ -49,7 +50,63 @@ def rms(tensor: Tensor) -> Tensor:
     return tensor.to(wide(tensor.dtype)).norm() / tensor.numel() ** 0.5
 
 
-class GaLoreAdafactor(ProjectedOptimizer):
+class Adafactor(Decaying):
+    """Adafactor; groups say `lr`, `eps` (a pair), `clip_threshold`, `decay_rate`, `beta1` and how lr is scaled."""
+
+    in_place = False
+
+    def check(self, group: dict) -> None:
+        """Refuse moments that cannot be rotated."""
+        if group.get("moments") == "rotate":
+            raise ValueError("Adafactor's factored moments cannot be rotated: take moments='keep' or 'reset'")
+
+    def init(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
+        """Make the row and column means, or the whole second moment of a vector, and a first one if wanted."""
+        make = {"dtype": wide(grad.dtype), "device": grad.device}
+        if group["beta1"] is not None:
+            state["exp_avg"] = torch.zeros(grad.shape, **make)
+        if grad.dim() >= 2:
+            state["exp_avg_sq_row"] = torch.zeros(grad.shape[:-1], **make)
+            state["exp_avg_sq_col"] = torch.zeros(grad.shape[:-2] + grad.shape[-1:], **make)
+        else:
+            state["exp_avg_sq"] = torch.zeros(grad.shape, **make)
+
+    def __call__(
+        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
+    ) -> None:
+        """Subtract Adafactor's update, see `adafactor_`."""
+        for target, grad, state, p in zip(targets, grads, states, params, strict=True):
+            step = state["step"]
+            target.sub_(
+                adafactor_(
+                    cut(grad),
+                    state,
+                    beta2=1 - step ** group["decay_rate"],
+                    floor=group["eps"][0],
+                    clip_threshold=group["clip_threshold"],
+                    lr=self._lr(p, state, group),
+                    beta1=group["beta1"],
+                )
+            )
+
+    def _lr(self, p: Tensor, state: dict, group: dict) -> float | Tensor:
+        """The learning rate of this step and weight."""
+        step, lr = state["step"], group["lr"]
+        # unless somebody has written one: torch takes a step at 0 to make the state that it loads
+        if lr is None:
+            lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+        return lr * rms(p).clamp(min=group["eps"][1]) if group["scale_parameter"] else lr
+
+    def decays_first(self, group: dict) -> bool:
+        """Say yes, as in galore-torch."""
+        return True
+
+    def kept(self, p: Tensor, state: dict, group: dict) -> float:
+        """Return 1 - lr * weight_decay with this step's and this weight's own learning rate."""
+        return float(1 - group["weight_decay"] * self._lr(p, state, group))
+
+
+class GaLoreAdafactor(LowRankOptimizer):
     """Adafactor whose groups may be projected; takes the arguments and groups of galore-torch's class of this name.
 
     Args:
@@ -65,6 +122,8 @@ class GaLoreAdafactor(ProjectedOptimizer):
         warmup_init: with `relative_step`, begin at 1e-6 * step.
         stochastic_rounding: round bfloat16 weights up or down at random, keeping the mean.
     """
+
+    make_rule = Adafactor
 
     def __init__(
         self,
@@ -89,52 +148,3 @@ class GaLoreAdafactor(ProjectedOptimizer):
             "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
             "warmup_init": warmup_init, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
-
-    in_place = False
-
-    def _check_group(self, group: dict) -> None:
-        super()._check_group(group)
-        if group["moments"] == "rotate":
-            raise ValueError("Adafactor's factored moments cannot be rotated: take moments='keep' or 'reset'")
-
-    def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
-        make = {"dtype": wide(grad.dtype), "device": grad.device}
-        if group["beta1"] is not None:
-            state["exp_avg"] = torch.zeros(grad.shape, **make)
-        if grad.dim() >= 2:
-            state["exp_avg_sq_row"] = torch.zeros(grad.shape[:-1], **make)
-            state["exp_avg_sq_col"] = torch.zeros(grad.shape[:-2] + grad.shape[-1:], **make)
-        else:
-            state["exp_avg_sq"] = torch.zeros(grad.shape, **make)
-
-    def _rule(
-        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
-    ) -> None:
-        for target, grad, state, p in zip(targets, grads, states, params, strict=True):
-            step = state["step"]
-            target.sub_(
-                adafactor_(
-                    cut(grad),
-                    state,
-                    beta2=1 - step ** group["decay_rate"],
-                    floor=group["eps"][0],
-                    clip_threshold=group["clip_threshold"],
-                    lr=self._lr(p, state, group),
-                    beta1=group["beta1"],
-                )
-            )
-
-    def _lr(self, p: Tensor, state: dict, group: dict) -> float | Tensor:
-        """The learning rate of this step and weight."""
-        step, lr = state["step"], group["lr"]
-        # unless somebody has written one: torch takes a step at 0 to make the state that it loads
-        if lr is None:
-            lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
-        return lr * rms(p).clamp(min=group["eps"][1]) if group["scale_parameter"] else lr
-
-    def _decays_first(self, group: dict) -> bool:
-        return True
-
-    def _kept(self, p: Tensor, state: dict, group: dict) -> float:
-        """As the base's, with the rule's own learning rate."""
-        return float(1 - group["weight_decay"] * self._lr(p, state, group))

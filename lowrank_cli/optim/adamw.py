@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.ops.precision import wide
-from lowrank_cli.optim.base import ProjectedOptimizer
-from lowrank_cli.optim.factored import factored_adamw_
-from lowrank_cli.optim.fused import FusedAdam
+from lowrank_cli.optim.optimizer import LowRankOptimizer
 from lowrank_cli.optim.projection import project
+from lowrank_cli.optim.rules import Decaying
 
 
 def adamw_(
@@ -26,7 +25,7 @@ def adamw_(
     eps: float,
     correct_bias: bool = True,
 ) -> None:
-    """Adds Adam's update to each target in place: -lr * sqrt(1-b2^t)/(1-b1^t) * M / (sqrt(V) + eps).
+    """Add Adam's update to each target in place: -lr * sqrt(1-b2^t)/(1-b1^t) * M / (sqrt(V) + eps).
 
     Adam, arXiv:1412.6980, with eps outside the bias correction (sec. 2, "more efficient order"), which is the form of
     galore-torch. PyTorch's fused kernel corrects the root before it adds eps, so it is given eps / sqrt(1-b2^t): the
@@ -113,7 +112,57 @@ def rotate(
     return turned * corrections[0], square * corrections[1]
 
 
-class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
+class AdamW(Decaying):
+    """Adam with float32 or float64 moments; groups say `lr`, `betas`, `eps`, `correct_bias` and `convention`."""
+
+    def eps_after_correction(self, group: dict) -> bool:
+        """Say whether eps is added to the corrected root, as in torch.optim, or before it, as in galore-torch."""
+        return group["convention"] == "torch"
+
+    def init(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
+        """Make both moments."""
+        state["exp_avg"] = torch.zeros_like(grad, dtype=wide(grad.dtype))
+        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=wide(grad.dtype))
+
+    def __call__(
+        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
+    ) -> None:
+        """Add Adam's update, see `adamw_`."""
+        step, eps = states[0]["step"], group["eps"]
+        if self.eps_after_correction(group):
+            # adamw_ takes it before the correction
+            eps *= math.sqrt(1 - group["betas"][1] ** step)
+        adamw_(
+            targets,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            step=step,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=eps,
+            correct_bias=group["correct_bias"],
+        )
+
+    def advance_(self, grad: Tensor, state: dict, group: dict) -> tuple[float, float]:
+        """Take a gradient into the moments; returns (step_size, eps) of step_size * M / (sqrt(V) + eps)."""
+        (beta1, beta2), step = group["betas"], state["step"]
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        corrections = (1 - beta1**step, 1 - beta2**step) if group["correct_bias"] else (1.0, 1.0)
+        eps = group["eps"]
+        if self.eps_after_correction(group):
+            eps *= math.sqrt(corrections[1])
+        return group["lr"] * math.sqrt(corrections[1]) / corrections[0], eps
+
+    def rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
+        """Take the moments to a new basis, see `rotate`."""
+        state["exp_avg"], state["exp_avg_sq"] = rotate(
+            state["exp_avg"], state["exp_avg_sq"], change, step=state["step"], betas=group["betas"]
+        )
+
+
+class GaLoreAdamW(LowRankOptimizer):
     """AdamW whose groups may be projected; takes the groups of the PyPI package `galore-torch`.
 
     GaLore, arXiv:2403.03507, Alg. 2. Moments are float32, or float64 for float64 weights, and kept as they are when
@@ -135,6 +184,8 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
         convention: where eps and decay stand: "galore-torch", or "torch" as in torch.optim.AdamW, with eps added to
             the corrected root and decay before the update.
     """
+
+    make_rule = AdamW
 
     def __init__(
         self,
@@ -163,54 +214,4 @@ class GaLoreAdamW(FusedAdam, ProjectedOptimizer):
                 "kernel": kernel,
                 "convention": convention,
             },
-        )
-
-    def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
-        state["exp_avg"] = torch.zeros_like(grad, dtype=wide(grad.dtype))
-        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=wide(grad.dtype))
-
-    def _rule(
-        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
-    ) -> None:
-        step, eps = states[0]["step"], group["eps"]
-        if group["convention"] == "torch":
-            # adamw_ takes it before the correction
-            eps *= math.sqrt(1 - group["betas"][1] ** step)
-        adamw_(
-            targets,
-            grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            step=step,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=eps,
-            correct_bias=group["correct_bias"],
-        )
-
-    def _factored_rule(self, p: Tensor, factor: Tensor, state: dict, group: dict, vector: Tensor) -> None:
-        if self._step_along(p, factor, state, group, vector):
-            return
-        (beta1, beta2), step = group["betas"], state["step"]
-        state["exp_avg"].lerp_(factor, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(factor, factor, value=1 - beta2)
-        corrections = (1 - beta1**step, 1 - beta2**step) if group["correct_bias"] else (1.0, 1.0)
-        alpha, beta = self._factors(p, group)
-        eps = group["eps"]
-        if group["convention"] == "torch":
-            eps *= math.sqrt(corrections[1])
-        factored_adamw_(
-            p,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            vector,
-            step_size=alpha * group["lr"] * math.sqrt(corrections[1]) / corrections[0],
-            eps=eps,
-            beta=beta,
-            noise=self._noise(p, group),
-        )
-
-    def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
-        state["exp_avg"], state["exp_avg_sq"] = rotate(
-            state["exp_avg"], state["exp_avg_sq"], change, step=state["step"], betas=group["betas"]
         )

@@ -10,14 +10,100 @@ from torch import Tensor
 from lowrank_cli.errors import MissingError
 from lowrank_cli.ops.precision import cut, wide
 from lowrank_cli.optim.adamw import adamw_, alike, rotate
-from lowrank_cli.optim.base import ProjectedOptimizer
-from lowrank_cli.optim.fused import FusedAdam
+from lowrank_cli.optim.optimizer import LowRankOptimizer
+from lowrank_cli.optim.rules import Decaying
 
 # bitsandbytes quantizes moments in blocks of this many elements, each with a float32 scale
 BLOCK = 256
 
 
-class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
+class AdamW8bit(Decaying):
+    """Adam with 8-bit moments; groups say `lr`, `betas`, `eps`, `min_8bit_size` and `convention`.
+
+    Raises:
+        MissingError: bitsandbytes is not installed.
+    """
+
+    def __init__(self):
+        self.functional = import_bitsandbytes()
+        self._codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def eps_after_correction(self, group: dict) -> bool:
+        """Say yes: bitsandbytes adds eps to the corrected root."""
+        return True
+
+    def init(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
+        """Make both moments, in blocks with a scale each."""
+        # every part of a tensor is kept alike
+        size = grad.numel() if height is None else height * math.prod(grad.shape[1:])
+        for key in ("exp_avg", "exp_avg_sq"):
+            if size < group["min_8bit_size"]:
+                state[key] = torch.zeros_like(grad, dtype=wide(grad.dtype))
+            else:
+                # zero is an entry of the signed code and of the unsigned one, so the first scale does not matter
+                blocks = -(-grad.numel() // BLOCK)
+                state[f"{key}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=grad.device)
+                state[key] = torch.zeros_like(grad, dtype=torch.uint8)
+
+    def __call__(
+        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
+    ) -> None:
+        """Add Adam's update."""
+        for target, grad, state in zip(targets, grads, states, strict=True):
+            if state["exp_avg"].dtype == torch.uint8:
+                self._update(target, cut(grad), state, group)
+                continue
+            # bitsandbytes adds eps to the corrected root; adamw_ takes it before the correction
+            eps = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
+            adamw_([target], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], step=state["step"], lr=group["lr"],
+                   betas=group["betas"], eps=eps)  # fmt: skip
+
+    def _update(self, target: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        if not grad.numel():
+            # a process may have no rows of a tensor
+            return
+        signed, unsigned = self.codes(grad.device)
+        # bitsandbytes walks over memory, in the order of the moments; it has no float64, which codes do not need
+        simple = target.dtype == torch.float32 and alike(target, grad, state["exp_avg"])
+        narrow = target if simple else torch.zeros_like(state["exp_avg"], dtype=torch.float32)
+        grad = grad.float() if simple else torch.empty_like(narrow).copy_(grad)
+        self.functional.optimizer_update_8bit_blockwise(
+            "adam", grad, narrow, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0,
+            group["eps"], state["step"], group["lr"], signed, unsigned, state["exp_avg_scale"],
+            state["exp_avg_sq_scale"], 0.0, 1.0,
+        )  # fmt: skip
+        if narrow is not target:
+            target.add_(narrow)
+
+    def rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
+        """Take the moments to a new basis, by way of float32."""
+        keys = ("exp_avg", "exp_avg_sq")
+        quantized = state["exp_avg"].dtype == torch.uint8
+        codes = dict(zip(keys, self.codes(state["exp_avg"].device), strict=True))
+        moments = [self._read(state, key, codes[key]) if quantized else state[key] for key in keys]
+        turned = rotate(*moments, change, step=state["step"], betas=group["betas"])
+        for key, moment in zip(keys, turned, strict=True):
+            if quantized:
+                values, scale = torch.ops.bitsandbytes.quantize_blockwise(moment.contiguous(), codes[key], BLOCK)
+                state[key].copy_(values.view_as(state[key]))
+                state[f"{key}_scale"].copy_(scale)
+            else:
+                state[key] = moment
+
+    def _read(self, state: dict, key: str, code: Tensor) -> Tensor:
+        return torch.ops.bitsandbytes.dequantize_blockwise(
+            state[key], state[f"{key}_scale"], code, BLOCK, torch.float32
+        ).view_as(state[key])
+
+    def codes(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return bitsandbytes' 256 code values for signed and for unsigned moments."""
+        if device not in self._codes:
+            make = self.functional.create_dynamic_map
+            self._codes[device] = (make(signed=True).to(device), make(signed=False).to(device))
+        return self._codes[device]
+
+
+class GaLoreAdamW8bit(LowRankOptimizer):
     """AdamW whose moments are 8-bit (Dettmers et al., arXiv:2110.02861), of projected gradients where a group says so.
 
     Takes the groups and the arguments of galore-torch's class of this name. The update is computed in float32 and
@@ -41,7 +127,7 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
         MissingError: bitsandbytes is not installed.
     """
 
-    eps_after_correction = True
+    make_rule = AdamW8bit
 
     def __init__(
         self,
@@ -76,81 +162,6 @@ class GaLoreAdamW8bit(FusedAdam, ProjectedOptimizer):
                 "convention": convention,
             },
         )
-
-    def _begin(self) -> None:
-        super()._begin()
-        self.codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.functional = import_bitsandbytes()
-
-    def _init_state(self, state: dict, grad: Tensor, group: dict, height: int | None = None) -> None:
-        # every part of a tensor is kept alike
-        size = grad.numel() if height is None else height * math.prod(grad.shape[1:])
-        for key in ("exp_avg", "exp_avg_sq"):
-            if size < group["min_8bit_size"]:
-                state[key] = torch.zeros_like(grad, dtype=wide(grad.dtype))
-            else:
-                # zero is an entry of the signed code and of the unsigned one, so the first scale does not matter
-                blocks = -(-grad.numel() // BLOCK)
-                state[f"{key}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=grad.device)
-                state[key] = torch.zeros_like(grad, dtype=torch.uint8)
-
-    def _rule(
-        self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
-    ) -> None:
-        for target, grad, state in zip(targets, grads, states, strict=True):
-            if state["exp_avg"].dtype == torch.uint8:
-                self._rule_8bit(target, cut(grad), state, group)
-                continue
-            # bitsandbytes adds eps to the corrected root; adamw_ takes it before the correction
-            eps = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
-            adamw_([target], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], step=state["step"], lr=group["lr"],
-                   betas=group["betas"], eps=eps)  # fmt: skip
-
-    def _rule_8bit(self, target: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-        if not grad.numel():
-            # a process may have no rows of a tensor
-            return
-        signed, unsigned = self._codes(grad.device)
-        # bitsandbytes walks over memory, in the order of the moments; it has no float64, which codes do not need
-        simple = target.dtype == torch.float32 and alike(target, grad, state["exp_avg"])
-        narrow = target if simple else torch.zeros_like(state["exp_avg"], dtype=torch.float32)
-        grad = grad.float() if simple else torch.empty_like(narrow).copy_(grad)
-        self.functional.optimizer_update_8bit_blockwise(
-            "adam", grad, narrow, state["exp_avg"], state["exp_avg_sq"], *group["betas"], 0.0, 0.0,
-            group["eps"], state["step"], group["lr"], signed, unsigned, state["exp_avg_scale"],
-            state["exp_avg_sq_scale"], 0.0, 1.0,
-        )  # fmt: skip
-        if narrow is not target:
-            target.add_(narrow)
-
-    def _rotate(self, state: dict, change: dict[str, Tensor], group: dict) -> None:
-        keys = ("exp_avg", "exp_avg_sq")
-        quantized = state["exp_avg"].dtype == torch.uint8
-        codes = dict(zip(keys, self._codes(state["exp_avg"].device), strict=True))
-        moments = [self._read(state, key, codes[key]) if quantized else state[key] for key in keys]
-        turned = rotate(*moments, change, step=state["step"], betas=group["betas"])
-        for key, moment in zip(keys, turned, strict=True):
-            if quantized:
-                values, scale = torch.ops.bitsandbytes.quantize_blockwise(moment.contiguous(), codes[key], BLOCK)
-                state[key].copy_(values.view_as(state[key]))
-                state[f"{key}_scale"].copy_(scale)
-            else:
-                state[key] = moment
-
-    def _read(self, state: dict, key: str, code: Tensor) -> Tensor:
-        return torch.ops.bitsandbytes.dequantize_blockwise(
-            state[key], state[f"{key}_scale"], code, BLOCK, torch.float32
-        ).view_as(state[key])
-
-    def _kernel_codes(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self._codes(device)
-
-    def _codes(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """bitsandbytes' 256 code values for signed and for unsigned moments."""
-        if device not in self.codes:
-            make = self.functional.create_dynamic_map
-            self.codes[device] = (make(signed=True).to(device), make(signed=False).to(device))
-        return self.codes[device]
 
 
 def import_bitsandbytes():

@@ -5,9 +5,86 @@ Shapes: a weight W is (m, D), D = G * M; F is (m, G), v is (M,) of unit length; 
 
 from __future__ import annotations
 
-from torch import Generator, Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Generator, Tensor, nn
+
+from lowrank_cli.ops.precision import cut, wide
+from lowrank_cli.optim import kernels
+from lowrank_cli.optim.space import Part, Space
 from lowrank_cli.optim.write import ROWS, add_
+
+if TYPE_CHECKING:
+    from lowrank_cli.optim.optimizer import LowRankOptimizer
+    from lowrank_cli.optim.rules import Rule
+
+
+class Factored(Space):
+    """VeLoRA's space: the gradient is F (x) v, and the rule works on F alone.
+
+    Its groups say `num_groups`, G. The layer that makes F knows v, and tells it (`vector`).
+    """
+
+    def __init__(self, weight: Tensor, group: dict, optimizer: LowRankOptimizer):
+        super().__init__(weight, group, optimizer)
+        self.vector: Callable[[], Tensor] | None = None
+
+    @property
+    def wants_full_gradient(self) -> bool:
+        return False
+
+    def made_small(self, grad: Tensor) -> list[Tensor]:
+        # of a layer in eval mode, say: what v sees of a dense gradient
+        if self.vector is None or (vector := self.vector()) is None:
+            raise ValueError(f"{self.name} has a gradient before its layer has found a projection vector")
+        return [grad.unflatten(-1, (-1, len(vector))) @ vector.to(grad.dtype)]
+
+    def zeros(self) -> list[Tensor]:
+        shape = self.weight.shape[0], self.group["num_groups"]
+        return [torch.zeros(shape, dtype=wide(self.weight.dtype), device=self.weight.device)]
+
+    def gradient(self) -> list[Part]:
+        if self.weight.grad is not None:
+            self.collect(self.weight.grad)
+        factor = cut(self.small.pop(0))
+        return [Part(factor, self.weight, self.layout.height(factor, {}))]
+
+    def step_(self, rule: Rule) -> None:
+        (part,), state, group = self.gradient(), self.state, self.group
+        if "step" not in state:
+            state["step"] = 0
+            rule.init(state, part.grad, group, part.height)
+        state["step"] += 1
+        vector = self.vector()
+        if kernels.factored_(self.weight, part.grad, vector, state, rule, group):
+            return
+        alpha, beta = rule.factors(self.weight, state, group)
+        if hasattr(rule, "advance_"):
+            step_size, eps = rule.advance_(part.grad, state, group)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            factored_adamw_(self.weight, *moments, vector, step_size=alpha * step_size, eps=eps, beta=beta,
+                            noise=self.noise())  # fmt: skip
+        else:
+            # right for any rule that does not depend on the gradient's scale
+            update = torch.zeros_like(part.grad)
+            rule([update], [part.grad], [state], group, [self.weight])
+            factored_sign_(self.weight, update, vector, alpha=alpha, beta=beta, noise=self.noise())
+
+    def attach(self, module: nn.Module, *, clipping: float) -> bool:
+        layer = getattr(module, "factored_gradient", None)
+        if layer is None:
+            return False
+        layer.space, self.vector = self, layer.current_vector
+        self.leaves_for([(self.layout.shape[0], self.group["num_groups"])])
+        return True
+
+    def detach(self, module: nn.Module) -> None:
+        module.factored_gradient.space = None
+
+    def check_loaded(self, state: dict[str, Any], group: dict) -> None:
+        """Accept any: the shape of F is the layer's."""
 
 
 def factored_adamw_(

@@ -1,4 +1,4 @@
-"""Where the gradients of an update go: into `.grad`, into projected buffers, or straight into the step."""
+"""Where the gradients of an update go: into `.grad`, into the spaces, or straight into the step."""
 
 from __future__ import annotations
 
@@ -7,53 +7,99 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lowrank_cli.ops.precision import wide
-from lowrank_cli.ops.projected_linear import projected_linear
-from lowrank_cli.ops.shards import layout
+from lowrank_cli.optim.exchange import Exchange
+from lowrank_cli.optim.optimizer import LowRankOptimizer
+from lowrank_cli.optim.space import Space, collected
 
 
 class Gradients:
     """Collects the gradients of an update's micro-batches and steps, holding no more than it must.
 
     * As usual: every micro-batch adds to `.grad`, and the step comes after the last one.
-    * In backward (groups with `in_backward`): linears add their projected gradients to small buffers, and the full
-      ones exist only for a tensor whose basis is due for a refresh.
+    * In backward: layers give the small gradients that spaces take, and the full ones exist only for a tensor whose
+      space wants it, such as one whose basis is due for a refresh.
     * Per layer: as soon as the last micro-batch has given a tensor its gradient, the tensor is updated and the
-      gradient freed; those of earlier micro-batches wait projected. The full gradient of one layer exists at a time.
+      gradient freed; those of earlier micro-batches wait in small form. The full gradient of one layer exists at a
+      time.
 
     All three give the same update, up to rounding.
 
     Args:
         model: the model.
-        optimizer: any; only a ProjectedOptimizer has projected buffers.
+        optimizer: any; only a LowRankOptimizer has spaces. A wrapper that has it as `optimizer`, as Accelerate's, is
+            looked into.
         per_layer: step within backward.
-        clipping: largest norm, 0 for none. A norm is over what is collected, projected gradients where there are no
+        clipping: largest norm, 0 for none. A norm is over what is collected, small gradients where there are no
             others; per layer, clipping makes the step wait for the last tensor.
+        exchange: with other processes (optim/exchange.py).
+    Raises:
+        ValueError: a model in DistributedDataParallel, whose sums do not see small gradients or early steps; or an
+            optimizer that cannot step one tensor.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, per_layer: bool, clipping: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        per_layer: bool,
+        clipping: float,
+        exchange: Exchange | None = None,
+    ):
+        while not isinstance(optimizer, LowRankOptimizer) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if per_layer and not isinstance(optimizer, LowRankOptimizer):
+            raise ValueError(f"{type(optimizer).__name__} cannot step one tensor: per_layer takes a GaLoreAdamW")
         self.optimizer, self.per_layer, self.clipping = optimizer, per_layer, clipping
-        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        self.projected = getattr(optimizer, "projected", {})
-        self.buffers: dict[Tensor, Tensor] = getattr(optimizer, "low_rank_grads", {})
-        self.magnitudes: dict[Tensor, Tensor] = getattr(optimizer, "magnitude_grads", {})
+        self.exchange = exchange or Exchange()
         self.last = True
         self.measuring = False
         # of what has been stepped within backward; a sum would be of tensors from several streams
         self.squares: list[Tensor] = []
         self.zeros: set[Tensor] = set()
-        self._pending: dict[Tensor, int] = {}
-        self._patched: list[nn.Module] = []
-        self._patch_linears(model)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.groups] if per_layer else []
+        self._attached: list[tuple[Space, nn.Module]] = []
+        self._model = model
+        self.exchange.enter(self)
+        self._attach(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel) and (per_layer or self._attached):
+            self.close()
+            raise ValueError(
+                "DistributedDataParallel sums `.grad` only, and neither steps within backward nor small gradients: "
+                "leave it out and give exchange=Replicated(...), or per_layer=False and in_backward=False"
+            )
+        watched = self.parameters if per_layer else []
+        self._hooks = [p.register_post_accumulate_grad_hook(self.arrived) for p in watched]
+        for space, _ in self._attached:
+            space.on_arrival = partial(self._complete, space) if per_layer else self._nothing
+        self.exchange.start(model)
+        model.zero_grad = ZeroGrad(model, self)
+
+    @property
+    def spaces(self) -> dict[Tensor, Space]:
+        """The spaces of the optimizer's tensors; none of an optimizer that is not ours."""
+        return getattr(self.optimizer, "spaces", {})
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The optimizer's tensors, as its groups are now."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def in_backward(self) -> set[Tensor]:
+        """The tensors whose gradient a layer gives small."""
+        return {space.weight for space, _ in self._attached}
 
     def close(self) -> None:
-        """Leave the model as it was found: no hooks, no patched forward."""
-        for hook in self._hooks:
+        """Leave the model as it was found: no hooks, no layers of ours."""
+        for hook in getattr(self, "_hooks", []):
             hook.remove()
-        for module in self._patched:
-            del module.forward
-        self._hooks, self._patched = [], []
+        for space, module in self._attached:
+            space.detach(module)
+            space.on_arrival = self._nothing
+        self._hooks, self._attached = [], []
+        self.exchange.leave()
+        if isinstance(vars(self._model).get("zero_grad"), ZeroGrad):
+            del self._model.zero_grad
 
     def begin(self, *, measuring: bool) -> None:
         """Forget the last update; `measuring` keeps what a per-layer step would free: the norm, and `zeros`, the
@@ -62,114 +108,90 @@ class Gradients:
         self.measuring = measuring
         self.squares.clear()
         self.zeros.clear()
-        self._pending.clear()
+        self.exchange.begin()
 
     def reduce(self) -> None:
         """All micro-batches have had their backward. With several processes their sums are made here."""
+        self.exchange.reduce()
 
     def norm(self) -> Tensor:
-        """The global norm of the update's gradients, clipped to the limit."""
-        left = [(p, p.grad) for p in self.groups if p.grad is not None]
-        left += [*self.buffers.items(), *self.magnitudes.items()]
+        """Return the global norm of the update's gradients, and clip them to the limit."""
+        left = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        left += [(space.weight, part) for space, part in collected(self.spaces)]
         if self.measuring:
-            self.zeros |= {p for p in self.groups if p.grad is not None and not bool(p.grad.any())}
-            self.zeros |= {p for p, buffer in self.buffers.items() if p.grad is None and not bool(buffer.any())}
-        norm = self._total_norm(left)
+            self.zeros |= {p for p in self.parameters if p.grad is not None and not bool(p.grad.any())}
+            first = {space.weight: space.small[0] for space in self.spaces.values() if space.small}
+            self.zeros |= {p for p, part in first.items() if p.grad is None and not bool(part.any())}
+        norm = self.exchange.total_norm(left, self.squares)
         if self.clipping and left:
             factor = (self.clipping / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([part for _, part in left], factor)
         return norm
-
-    def _total_norm(self, left: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Of parts of gradients, with their parameters, and of what per-layer steps have seen already."""
-        norm = nn.utils.get_total_norm([part for _, part in left])
-        return (norm.to(wide(norm.dtype)).square() + sum(self.squares)).sqrt()
-
-    def _square(self, p: Tensor, part: Tensor) -> Tensor:
-        """What a part of a tensor's gradient adds to the square of the norm."""
-        return part.to(wide(part.dtype)).square().sum()
 
     def step(self) -> None:
         """Update what has not been updated yet, and free its gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _arrived(self, p: Tensor) -> None:
+    @torch.no_grad()
+    def arrived(self, p: Tensor) -> None:
         """The hook of per-layer mode: backward has just finished the gradient of a tensor."""
-        if p.grad is None:
-            # a projected linear gave its gradient to the sink
-            return
-        if p in self.projected and not self.optimizer.is_due(p):
-            self.optimizer.collect(p)
+        space = self.spaces[p]
+        if not space.wants_full_gradient:
+            space.collect(p.grad)
             p.grad = None
-        self._complete(p)
+        self._complete(space)
 
-    def _receive(self, p: Tensor, *low_rank_grad: Tensor) -> None:
-        """The sink of a projected linear."""
-        self.optimizer.accumulate(p, *low_rank_grad)
-        self._pending[p] = self._pending.get(p, 0) - 1
-        if self.per_layer and not self._pending[p]:
-            self._complete(p)
-
-    def _complete(self, p: Tensor) -> None:
+    def _complete(self, space: Space) -> None:
         """Step within backward, if this was the last micro-batch and nobody waits for the norm."""
         if self.last and not self.clipping:
-            self._take(p)
+            self.exchange.complete(space)
 
-    def _take(self, p: Tensor) -> None:
-        """The step of one tensor within backward, after which its gradient is gone."""
+    def take(self, space: Space) -> None:
+        """Step one tensor within backward, after which its gradient is gone."""
+        p = space.weight
         if self.measuring:
-            grad = self.buffers.get(p, p.grad)
-            if not bool(grad.any()):
+            parts = space.small or [p.grad]
+            if not bool(parts[0].any()):
                 self.zeros.add(p)
-            for part in (grad, self.magnitudes.get(p)):
-                if part is not None:
-                    self.squares.append(self._square(p, part))
-        self.optimizer.step_one(p, self.groups[p])
+            self.squares += [self.exchange.square(p, part) for part in parts]
+        self.optimizer.step_one(p)
         p.grad = None
 
-    def _patch_linears(self, model: nn.Module) -> None:
+    def _attach(self, model: nn.Module) -> None:
         owners: dict[Tensor, list[nn.Module]] = {}
         for module in model.modules():
-            weight = self._held(getattr(module, "weight", None))
-            layer = getattr(module, "factored_gradient", None)
-            if layer is not None and "num_groups" in self.groups.get(weight, {}):
-                # a method has wrapped this linear: its gradient comes as the factor of a vector that the layer knows
-                layer.sink = partial(self._receive, weight)
-                self.optimizer.vectors[weight] = layer.current_vector
-            if isinstance(weight, Tensor) and weight in self.projected and self._in_backward(weight):
-                owners.setdefault(weight, []).append(module)
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and self.exchange.held(weight) in self.spaces:
+                owners.setdefault(self.exchange.held(weight), []).append(module)
         for weight, modules in owners.items():
-            # a weight that two modules share has its gradient only when both have added to it
-            if len(modules) == 1 and type(modules[0]) is nn.Linear:
-                modules[0].forward = partial(self._forward, modules[0], weight)
-                self._patched.append(modules[0])
+            space = self.spaces[weight]
+            attached = [space.attach(module, clipping=self.clipping) for module in modules]
+            if all(attached):
+                self._attached += [(space, module) for module in modules]
+            else:
+                # a weight that is an embedding too gets a full gradient from there
+                for module in modules:
+                    space.detach(module)
 
-    def _held(self, weight: object) -> object:
-        """What the optimizer has of a module's weight: the weight itself, or this process's rows of it."""
-        return weight
+    @staticmethod
+    def _nothing() -> None:
+        """What happens on arrival where nobody steps within backward."""
 
-    def _in_backward(self, weight: Tensor) -> bool:
-        """What the group says; if it leaves it open, whether 2 N r (m + n) operations are fewer than 2 N m n, and
-        nobody wants the norm of the full gradients to clip them."""
-        group = self.projected[weight]
-        wanted, shape = group.get("in_backward", False), layout(weight).shape
-        if wanted is None:
-            wanted = not self.clipping and group["rank"] * sum(shape) < shape.numel()
-        return wanted and weight.dim() == 2
 
-    def _forward(self, module: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or self.optimizer.is_due(weight):
-            return nn.functional.linear(x, module.weight, module.bias)
-        # a module that runs several times in a forward pass has its gradient when each run has had its backward; a
-        # recomputation inside backward is not another run
-        if torch._C._current_graph_task_id() == -1:
-            self._pending[weight] = self._pending.get(weight, 0) + 1
-        return projected_linear(
-            x,
-            module.weight,
-            module.bias,
-            self.optimizer.gradient_bases(weight),
-            partial(self._receive, weight),
-            row_dots=weight in self.optimizer.normalised,
-        )
+class ZeroGrad:
+    """A model's `zero_grad` that drops the small gradients too; a copy of the model has its own, the usual one."""
+
+    def __init__(self, model: nn.Module, gradients: Gradients):
+        self.model, self.gradients = model, gradients
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        nn.Module.zero_grad(self.model, set_to_none)
+        for space in self.gradients.spaces.values():
+            space.clear()
+
+    def __deepcopy__(self, memo: dict) -> partial:
+        return partial(nn.Module.zero_grad, memo[id(self.model)])
+
+    def __reduce__(self) -> tuple:
+        return partial, (nn.Module.zero_grad, self.model)

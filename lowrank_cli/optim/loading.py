@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_cli.optim.projection import project, sides, unfold
+from lowrank_cli.optim import kernels
 
 
 class Loading:
-    """Mixed into a ProjectedOptimizer in front of torch's."""
+    """The optimizer's `state_dict` and `load_state_dict`: in front of torch's."""
+
+    loading = False
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, and float32 moments
@@ -30,9 +32,11 @@ class Loading:
 
         before = [dict(group) for group in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(look)
+        self.loading = True
         try:
             super().load_state_dict(state_dict)
         finally:
+            self.loading = False
             handle.remove()
         for group, own in zip(self.param_groups, before, strict=True):
             # groups of torch's own AdamW have fewer keys
@@ -45,6 +49,19 @@ class Loading:
                     # torch's own optimizers count steps in a tensor
                     own[key] = int(value) if key == "step" else value.detach().to(p.device, copy=True)
         self._index()
+        for group, own in zip(self.param_groups, before, strict=True):
+            if "kernel" in own:
+                group["kernel"] = own["kernel"]
+        kernels.take(self, [group.get("kernel", "torch") for group in found[0]["param_groups"]])
+        for space in self.spaces.values():
+            space.clear()
+
+    def state_dict(self) -> dict:
+        """As torch's, without the classes of the spaces: a checkpoint is data."""
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            group.pop("space", None)
+        return found
 
     def _loaded(self, state_dict: dict) -> Iterator[tuple[Tensor, dict[str, Any], dict]]:
         """Every parameter with the state and the group that a state dict has for it."""
@@ -55,26 +72,20 @@ class Loading:
 
     def _check_loaded(self, state_dict: dict) -> None:
         for p, state, group in self._loaded(state_dict):
-            if "step" not in state or self.layouts[p].is_cut or "num_groups" in group:
+            space = self.spaces[p]
+            if "step" not in state or space.layout.is_cut:
                 continue
-            shape = p.shape
-            if "rank" in group:
-                bases = {side: state.get(f"basis_{side}") for side in sides(p.shape, group["proj_type"])}
-                for side, basis in bases.items():
-                    height = unfold(p, side)[0].shape[1 if side == "right" else 0]
-                    if basis is None or basis.dim() != 2 or basis.shape[0] != height:
-                        there = "no basis" if basis is None else f"a basis {tuple(basis.shape)}"
-                        raise ValueError(
-                            f"the state of {self.names[p]} has {there}, and the weight is {tuple(p.shape)}"
-                        )
-                shape = project(torch.empty(p.shape, device="meta"), {k: b.to("meta") for k, b in bases.items()}).shape
+            own_group = self.defaults | {k: v for k, v in space.group.items() if k != "params"} | group
+            shape = space.check_loaded(state, own_group)
+            if shape is None:
+                continue
             fresh: dict[str, Any] = {}
-            self._init_state(fresh, torch.empty(shape, dtype=p.dtype, device="meta"), self.defaults | group)
+            self.rule.init(fresh, torch.empty(shape, dtype=p.dtype, device="meta"), own_group)
             for key, own in fresh.items():
                 there = state.get(key)
                 if not isinstance(there, Tensor) or there.shape != own.shape or there.dtype != own.dtype:
                     what = f"{there.dtype} {tuple(there.shape)}" if isinstance(there, Tensor) else "nothing"
                     raise ValueError(
-                        f"the state of {self.names[p]} has {what} as {key}, and {type(self).__name__} keeps "
+                        f"the state of {space.name} has {what} as {key}, and {type(self).__name__} keeps "
                         f"{own.dtype} {tuple(own.shape)} for it"
                     )

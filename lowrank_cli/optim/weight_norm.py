@@ -14,17 +14,120 @@ A row of zeros has no direction. It is trained as it is, and its magnitude begin
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from lowrank_cli.ops.precision import wide
+from lowrank_cli.ops.precision import cut, wide
+from lowrank_cli.optim.projected import Projected
 from lowrank_cli.optim.projection import project
-from lowrank_cli.optim.write import put_
+from lowrank_cli.optim.space import Move, Part
+from lowrank_cli.optim.write import add_, put_
+
+if TYPE_CHECKING:
+    from lowrank_cli.optim.optimizer import LowRankOptimizer
 
 # what is worked on at a time: rows that stay in a CPU's cache, or elements where launches cost more than memory
 ROWS, ELEMENTS = 256, 1 << 24
 # a magnitude on its way through zero stays this far from it: a row of zeros has lost its direction
 SMALLEST = 1e-15
+WEIGHT_NORMS = ("exact", "detached")
+
+
+class Normalised(Projected):
+    """Magnitude times direction: the direction in `Projected`, the magnitude by the plain rule.
+
+    Keys of its groups, beside those of `Projected`: `weight_norm`, "exact" (the default) or "detached" (see
+    `Direction`); `magnitude_scale` (1.0), times the learning rate, for the magnitude. Weight decay acts on the
+    magnitude, which is decay of the weight.
+
+    State: `magnitude`, `norm`, and under `magnitude_...` what the rule keeps of the magnitude.
+    """
+
+    DEFAULTS = {**Projected.DEFAULTS, "weight_norm": "exact"}
+
+    def __init__(self, weight: Tensor, group: dict, optimizer: LowRankOptimizer):
+        super().__init__(weight, group, optimizer)
+        self._direction: Direction | None = None
+
+    @classmethod
+    def check(cls, group: dict) -> None:
+        super().check(group)
+        if group["weight_norm"] not in WEIGHT_NORMS:
+            raise ValueError(f"weight_norm is {group['weight_norm']!r}; it is one of {', '.join(WEIGHT_NORMS)}")
+        for p in group["params"]:
+            if p.dim() != 2:
+                raise ValueError(f"weight_norm takes matrices, not a tensor of shape {tuple(p.shape)}")
+
+    def direction(self) -> Direction:
+        """Return magnitude and direction of the weight as it stands between two steps; the first call makes both."""
+        if self._direction is None:
+            state = self.state
+            if "magnitude" not in state:
+                state["norm"] = row_norms(self.weight)
+                state["magnitude"] = state["norm"].clone()
+            detached = self.group["weight_norm"] == "detached"
+            self._direction = Direction(self.weight.detach(), state["magnitude"], state["norm"], detached=detached)
+        return self._direction
+
+    def made_small(self, grad: Tensor) -> list[Tensor]:
+        bases = self.bases()
+        magnitude_grad, low_rank_grad = self.direction().collect(grad, bases)
+        return [self.layout.settled(low_rank_grad, bases), magnitude_grad]
+
+    def zeros(self) -> list[Tensor]:
+        return [*super().zeros(), torch.zeros_like(self.state["magnitude"])]
+
+    def clear(self) -> None:
+        self._direction = None
+        super().clear()
+
+    def dense_grad(self) -> Tensor:
+        return self.direction().dense(self.weight.grad)
+
+    def adopt(self, bases: dict[str, Tensor], alive: bool, calm: bool) -> None:
+        # whoever found the bases has asked for it already; another process has not
+        self.direction()
+        super().adopt(bases, alive, calm)
+
+    def gradient(self) -> list[Part]:
+        parts, (grad,) = super().gradient(), self.small
+        self.small = []
+        state = self.state
+        return [*parts, Part(cut(grad), state["magnitude"], self.layout.height(grad, {}), "magnitude_", self.rate)]
+
+    @property
+    def rate(self) -> float:
+        """The magnitude's learning rate, in learning rates."""
+        return self.group.get("magnitude_scale", 1.0)
+
+    def apply_(self, moves: list[Move]) -> None:
+        move, of_magnitude = moves
+        state, bases, direction = self.state, self.bases(), self.direction()
+        self._bases = self._direction = None
+        magnitude = state["magnitude"]
+        add_(magnitude, of_magnitude.update, alpha=of_magnitude.alpha, beta=of_magnitude.beta, noise=None)
+        update = self.layout.expandable(move.update, bases)
+        compose_(self.weight, magnitude, state["norm"], update, bases, alpha=self.group["scale"], direction=direction,
+                 noise=self.noise())  # fmt: skip
+
+    # ---- in backward
+
+    def leaf_shapes(self) -> list[tuple[int, ...]]:
+        return [*super().leaf_shapes(), (self.layout.shape[0],)]
+
+    def bases_in_backward(self) -> dict[str, Tensor]:
+        bases = self.direction().row_scaled(self.bases())
+        return {**bases, "left": self.layout.whole_basis(bases["left"], "left")} if "left" in bases else bases
+
+    def from_backward(self, parts: list[Tensor]) -> list[Tensor]:
+        low_rank_grad, row_dots = parts
+        direction, bases, row_dots = self.direction(), self.bases(), self.layout.summed(row_dots)
+        if "left" not in bases:
+            low_rank_grad = self.layout.summed(low_rank_grad)
+        projected = direction.projected(low_rank_grad, row_dots, bases)
+        return [self.layout.settled(projected, bases), direction.magnitude_grad(row_dots)]
 
 
 class Direction:

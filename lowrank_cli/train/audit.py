@@ -14,6 +14,7 @@ from lowrank_cli.models.sharding import local_tensor
 from lowrank_cli.ops.finite import first_non_finite
 from lowrank_cli.ops.replicas import Alone, Replicas
 from lowrank_cli.ops.shards import layout
+from lowrank_cli.optim.space import collected
 
 # elements of a tensor that are compared before and after the first update
 SAMPLE = 1 << 16
@@ -152,8 +153,8 @@ def first_broken(
 ) -> str:
     """Return which value of a run is the first that is not finite; "" if all are.
 
-    Looked at are the weights, what the optimizer and the methods keep, projected gradients and gradients, in this
-    order. Where weights are cut over processes all of them have to ask.
+    Looked at are the weights, what the optimizer and the methods keep, small gradients and gradients, in this order.
+    Where weights are cut over processes all of them have to ask.
 
     Args:
         model: frozen weights were looked at when they were loaded.
@@ -162,12 +163,8 @@ def first_broken(
         states: the methods' own tensors, by name.
     """
     trained = named(optimizer)
-    buffers = [
-        (f"the {kind} of {name}", grads[p])
-        for kind, key in (("projected gradient", "low_rank_grads"), ("magnitude's gradient", "magnitude_grads"))
-        for name, p in trained
-        if p in (grads := getattr(optimizer, key, {}))
-    ]
+    spaces = getattr(optimizer, "spaces", {})
+    small = [(f"the projected gradient of {space.name}", part) for space, part in collected(spaces)]
     tensors = [
         *((f"the weight {name}", local_tensor(p)) for name, p in model.named_parameters() if p.requires_grad),
         *(
@@ -177,7 +174,7 @@ def first_broken(
             if isinstance(value, Tensor)
         ),
         *((f"the method's {name}", value) for name, value in states.items()),
-        *buffers,
+        *small,
         *((f"the gradient of {name}", p.grad) for name, p in trained if p.grad is not None),
     ]
     broken = first_non_finite(tensors)

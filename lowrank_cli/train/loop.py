@@ -22,9 +22,8 @@ from lowrank_cli.models.sharding import reshard, reunite
 from lowrank_cli.ops.replicas import Alone
 from lowrank_cli.ops.shards import full_numel
 from lowrank_cli.optim import schedule
+from lowrank_cli.optim.exchange import Exchange, Replicated, Sharded
 from lowrank_cli.optim.gradients import Gradients
-from lowrank_cli.optim.replicated_gradients import ReplicatedGradients
-from lowrank_cli.optim.sharded_gradients import ShardedGradients
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
 from lowrank_cli.train.metrics import Follower, Reporter
@@ -161,12 +160,18 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         num_cycles=config.optim.num_cycles,
     )
     drawing = plots.Drawing(run) if config.train.plots and replicas.is_main else None
-    how = {"per_layer": config.optim.per_layer, "clipping": config.optim.grad_clipping}
-    if replicas.world_size == 1:
-        gradients = Gradients(session.model, session.optimizer, **how)
-    else:
-        kind = ShardedGradients if replicas.sharded else ReplicatedGradients
-        gradients = kind(session.model, session.optimizer, **how, replicas=replicas)
+    alone = replicas.world_size == 1
+    exchange = Exchange() if alone else Sharded(replicas) if replicas.sharded else Replicated(replicas)
+    if not alone:
+        for part in session.parts:
+            part.distribute(session.model, replicas)
+    gradients = Gradients(
+        session.model,
+        session.optimizer,
+        per_layer=config.optim.per_layer,
+        clipping=config.optim.grad_clipping,
+        exchange=exchange,
+    )
     session.mark()
     reporter = (Reporter if replicas.is_main else Follower)(
         run,

@@ -31,6 +31,7 @@ from torch import Tensor
 from lowrank_cli.ops import build
 from lowrank_cli.optim.adamw import GaLoreAdamW
 from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
+from lowrank_cli.optim.factored import Factored
 
 CASES = [
     Case("LLaMA-60M, rank 128", LLAMA_60M, 128, 20, False, Bar(1.3)),
@@ -159,11 +160,11 @@ def compare_velora(settings: Settings) -> list[Comparison]:
 
     def side(kernel: str) -> Callable[[], object]:
         weight = torch.nn.Parameter(torch.randn(m, features) * 0.02)
-        optimizer = GaLoreAdamW([{"params": [weight], "num_groups": groups}], lr=LR, kernel=kernel)
-        optimizer.vectors[weight] = lambda: vector
+        optimizer = GaLoreAdamW([{"params": [weight], "space": Factored, "num_groups": groups}], lr=LR, kernel=kernel)
+        optimizer.spaces[weight].vector = lambda: vector
 
         def step() -> None:
-            optimizer.accumulate(weight, factor)
+            optimizer.spaces[weight].accumulate([factor])
             optimizer.step()
 
         return step

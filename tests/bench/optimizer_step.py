@@ -21,6 +21,7 @@ from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor
 
 from lowrank_cli import GaLoreAdamW
+from lowrank_cli.optim.weight_norm import Normalised
 
 NO_REFRESH = 10**9
 SCALE = 0.25
@@ -82,7 +83,7 @@ def compare_case(case: Case, repeats: int, steps: int) -> list[Comparison]:
     bases = None if case.decompose else [random_basis(min(shape), case.rank) for shape in case.shapes]
     sides = {
         "ours": our_step(grads, bases, case),
-        "weight norm": our_step(grads, bases, case, weight_norm="exact"),
+        "weight norm": our_step(grads, bases, case, space=Normalised),
         "galore-torch": peer_step(grads, bases, case),
         "AdamW fused": torch.optim.AdamW(weights_of(grads), lr=LR, fused=True).step,
         "two products": products(grads, case.rank),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lowrank_cli import GaLoreAdamW
 from lowrank_cli.ops.velora_linear import compress, velora_linear
+from lowrank_cli.optim.factored import Factored
 
 TRAINERS = Path(__file__).with_name("trainers.py")
 # out, in, groups: LLaMA-60M's down projection with the authors' 86 groups of 16 features
@@ -140,9 +141,9 @@ def saved_bytes(forward: Callable[[], Tensor], weight: Tensor) -> int:
 
 def state_bytes(weight: nn.Parameter, groups: int, vector: Tensor) -> int:
     """Bytes that our optimizer holds for the layer after a step."""
-    optimizer = GaLoreAdamW([{"params": [weight], "num_groups": groups}], lr=0.0)
-    optimizer.vectors[weight] = lambda: vector
-    optimizer.accumulate(weight, torch.randn(weight.shape[0], groups))
+    optimizer = GaLoreAdamW([{"params": [weight], "space": Factored, "num_groups": groups}], lr=0.0)
+    optimizer.spaces[weight].vector = lambda: vector
+    optimizer.spaces[weight].accumulate([torch.randn(weight.shape[0], groups)])
     optimizer.step()
     tensors = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

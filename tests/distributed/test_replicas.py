@@ -97,7 +97,8 @@ from lowrank_cli import main
 def run(argv):
     from lowrank_cli import GaLoreAdamW
     from lowrank_cli.ops.replicas import Replicas
-    from lowrank_cli.optim.replicated_gradients import ReplicatedGradients
+    from lowrank_cli.optim.exchange import Replicated
+    from lowrank_cli.optim.gradients import Gradients
     dist.init_process_group("gloo")
     for per_layer in (False, True):
         torch.manual_seed(0)
@@ -105,7 +106,7 @@ def run(argv):
         groups = [{"params": [m.weight for m in model], "rank": 2, "update_proj_gap": 2},
                   {"params": [m.bias for m in model]}]
         optimizer = GaLoreAdamW(groups, lr=0.1)
-        gradients = ReplicatedGradients(model, optimizer, per_layer=per_layer, clipping=0.0, replicas=Replicas())
+        gradients = Gradients(model, optimizer, per_layer=per_layer, clipping=0.0, exchange=Replicated(Replicas()))
         for step in range(5):
             gradients.begin(measuring=False)
             x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).double()

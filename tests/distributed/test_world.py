@@ -201,15 +201,14 @@ if rank == 1:
 def test_a_gradient_that_breaks_on_one_rank_ends_both(mode, ranks, flags):
     # the second update refreshes; the sum over the ranks is not finite, and the one that decomposes it finds out
     broken = """
-from lowrank_cli.optim.gradients import Gradients
-from lowrank_cli.optim import replicated_gradients as module
-original = module.ReplicatedGradients._refresh_together
+from lowrank_cli.optim import exchange as module
+original = module.Replicated._refresh_together
 def refresh(self, due):
     if rank == 1 and self.replicas.update == 8 and due:
-        due[-1].grad.fill_(float("nan"))
+        due[-1].weight.grad.fill_(float("nan"))
     original(self, due)
-module.ReplicatedGradients._refresh_together = refresh
-undo.callback(setattr, module.ReplicatedGradients, "_refresh_together", original)
+module.Replicated._refresh_together = refresh
+undo.callback(setattr, module.Replicated, "_refresh_together", original)
 """
     results = ranks(2, *flags, mode, "--log-every", 50, "--out", "run", before=broken, code=1)
     assert "is not finite at a refresh at step 8" in told(results)

@@ -17,6 +17,7 @@ from watched import watch
 from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_cli.models.velora_layer import Compressor
 from lowrank_cli.models.velora_layer import VeLoRA as Layer
+from lowrank_cli.optim.factored import Factored
 from lowrank_cli.optim.gradients import Gradients
 
 pytestmark = pytest.mark.numerical
@@ -106,7 +107,7 @@ def test_factored_adam_is_dense_adam_over_100_steps(weight_decay, per_layer):
     dense = nn.Parameter(linear.weight.detach().clone())
     start = dense.detach().clone()
     layer = Layer(linear, Compressor(6, "random", 0), 1.5)
-    group = {"params": [("weight", linear.weight)], "num_groups": 6}
+    group = {"params": [("weight", linear.weight)], "space": Factored, "num_groups": 6}
     optimizer = GaLoreAdamW([group], lr=1e-2, eps=1e-3, weight_decay=weight_decay)
     gradients = Gradients(linear, optimizer, per_layer=per_layer, clipping=0.0)
     reference = GaLoreAdamW([dense], lr=1e-2, eps=1e-3, weight_decay=weight_decay)
@@ -135,7 +136,7 @@ def test_other_rules_on_the_factor_are_their_dense_selves(make, bound):
     linear = nn.Linear(64, 32, bias=False).double()
     dense = nn.Parameter(linear.weight.detach().clone())
     layer = Layer(linear, Compressor(16, "random", 0), 1.0)
-    optimizer = make([{"params": [("weight", linear.weight)], "num_groups": 16}])
+    optimizer = make([{"params": [("weight", linear.weight)], "space": Factored, "num_groups": 16}])
     gradients, reference = Gradients(linear, optimizer, per_layer=False, clipping=0.0), make([dense])
     start = dense.detach().clone()
     for _ in range(20):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lowrank_cli.ops import build
+from lowrank_cli.optim import kernels
 from lowrank_cli.optim.adamw import GaLoreAdamW
 from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
+from lowrank_cli.optim.factored import Factored
 
 pytestmark = pytest.mark.numerical
 
@@ -50,8 +52,9 @@ class Run:
             torch.manual_seed(step + 1)
             for p in self.weights:
                 p.grad = torch.randn(p.shape).to(p.dtype)
-                if in_backward and not self.optimizer.is_due(p):
-                    self.optimizer.collect(p)
+                space = self.optimizer.spaces[p]
+                if in_backward and not space.is_due:
+                    space.collect(p.grad)
                     p.grad = None
             self.optimizer.step()
         return self
@@ -66,13 +69,9 @@ def difference(one, other):
 @pytest.fixture
 def counted(monkeypatch):
     """How many layers went through the op."""
-    from lowrank_cli.optim.fused import FusedAdam
-
     layers = []
-    plain = FusedAdam._step_fused
-    monkeypatch.setattr(
-        FusedAdam, "_step_fused", lambda self, params, group: (layers.extend(params), plain(self, params, group))
-    )
+    plain = kernels.galore_
+    monkeypatch.setattr(kernels, "galore_", lambda spaces, *rest: (layers.extend(spaces), plain(spaces, *rest)))
     return layers
 
 
@@ -103,7 +102,7 @@ def test_a_gradient_that_came_both_ways_is_added_up(kernel):
         for run in runs:
             for p in run.weights:
                 p.grad = torch.ones_like(p)
-                run.optimizer.collect(p)
+                run.optimizer.spaces[p].collect(p.grad)
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(5))
             run.optimizer.step()
         assert difference(*runs) < SINGLE
@@ -126,11 +125,11 @@ def test_velora_weights_take_the_kernel(kernel):
         start = p.detach().clone()
         vector = torch.nn.functional.normalize(torch.randn(8), dim=0)
         optimizer = GaLoreAdamW(
-            [{"params": [p], "num_groups": 5, "weight_decay": 0.1}], lr=1e-2, eps=1e-2, kernel=name
+            [{"params": [p], "space": Factored, "num_groups": 5, "weight_decay": 0.1}], lr=1e-2, eps=1e-2, kernel=name
         )
-        optimizer.vectors[p] = lambda v=vector: v
+        optimizer.spaces[p].vector = lambda v=vector: v
         for _ in range(5):
-            optimizer.accumulate(p, torch.randn(30, 5))
+            optimizer.spaces[p].accumulate([torch.randn(30, 5)])
             optimizer.step()
         results.append(p.detach())
     ours, plain = results

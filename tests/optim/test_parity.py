@@ -143,7 +143,7 @@ def test_a_convolution_at_full_rank_is_adam_in_rotated_modes():
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 6, "scale": 1.0}], lr=0.1, eps=0.0)
     weight.grad = grad
     optimizer.step()
-    bases = optimizer.bases(weight)
+    bases = optimizer.spaces[weight].bases()
     assert torch.allclose(expand(project(grad, bases), bases), grad, rtol=0, atol=1e-12)
     # the first step of Adam is the sign, here of the core, taken back
     assert torch.allclose(weight.detach(), -0.1 * expand(project(grad, bases).sign(), bases), rtol=0, atol=1e-12)
@@ -159,10 +159,10 @@ def test_moments_at_a_refresh(moments):
         weight.grad = grad
         optimizer.step()
     state = optimizer.state[weight]
-    before, old = state["exp_avg"].clone(), optimizer.bases(weight)["left"]
+    before, old = state["exp_avg"].clone(), optimizer.spaces[weight].bases()["left"]
     weight.grad = grads[6]
     optimizer.step()
-    new = optimizer.bases(weight)["left"]
+    new = optimizer.spaces[weight].bases()["left"]
     assert not torch.allclose(old, new, atol=1e-2)
     if moments == "reset":
         assert torch.allclose(state["exp_avg"], 0.1 * new.mT @ grads[6], rtol=0, atol=1e-12)
@@ -222,8 +222,8 @@ def test_8bit_moments_that_rotate_get_the_scales_of_their_new_values():
     for grad in grads:
         moment = 0.9 * moment + 0.1 * grad
     scales = state["exp_avg_scale"][:, None]
-    codes = optimizer.codes[weight.device][0][state["exp_avg"].long()]
-    held = optimizer.bases(weight)["left"] @ (codes * scales)
+    codes = optimizer.rule.codes(weight.device)[0][state["exp_avg"].long()]
+    held = optimizer.spaces[weight].bases()["left"] @ (codes * scales)
     # written three times; a code is off by up to 2^-5 of the largest of its block
     torch.testing.assert_close(held, moment, rtol=0, atol=3 * 2**-5 * float(scales.max()))
     assert float((held - moment)[1].norm() / moment[1].norm()) < 0.1

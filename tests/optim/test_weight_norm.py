@@ -14,7 +14,7 @@ from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_cli.ops.projected_linear import projected_linear
 from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.optim.projection import project
-from lowrank_cli.optim.weight_norm import Direction, compose_, row_norms
+from lowrank_cli.optim.weight_norm import Direction, Normalised, compose_, row_norms
 
 MAKERS = {
     "adamw": lambda groups, **more: GaLoreAdamW(groups, lr=1e-2, **more),
@@ -116,9 +116,11 @@ def test_row_products_come_out_of_backward(sides):
     x, weight = torch.randn(3, 10, 33, dtype=torch.float64), torch.randn(20, 33, dtype=torch.float64)
     bias, dy = torch.randn(20, dtype=torch.float64), torch.randn(3, 10, 20, dtype=torch.float64)
     weight.requires_grad_()
-    bases, got = bases_of(weight.shape, sides), []
-    y = projected_linear(x, weight, bias, bases, lambda *grads: got.extend(grads), row_dots=True)
-    y.backward(dy)
+    bases = bases_of(weight.shape, sides)
+    shapes = project(weight.detach(), bases).shape, weight.shape[:1]
+    leaves = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    projected_linear(x, weight, bias, bases, *leaves).backward(dy)
+    got = [leaf.grad for leaf in leaves]
     grad = dy.flatten(0, 1).mT @ x.flatten(0, 1)
     assert torch.allclose(got[0], project(grad, bases))
     assert torch.allclose(got[1], (grad * weight).sum(1))
@@ -162,14 +164,14 @@ def test_fifty_steps_equal_a_plain_reference_that_keeps_the_direction(shape, pro
     weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     start = weight.detach().clone()
     reference = Reference(start, lr=0.1, scale=0.5, weight_decay=weight_decay)
-    tags = {"rank": 8, "update_proj_gap": 7, "scale": 0.5, "proj_type": proj_type, "weight_norm": "exact"}
+    tags = {"rank": 8, "update_proj_gap": 7, "scale": 0.5, "proj_type": proj_type, "space": Normalised}
     optimizer = GaLoreAdamW([{"params": [weight], **tags}], lr=0.1, eps=1e-3, weight_decay=weight_decay)
     for _ in range(50):
         weight.grad = torch.randn_like(weight)
         grad = weight.grad
         optimizer.step()
         # the reference is given the bases, since signs of singular vectors are free
-        reference.step(grad, optimizer.bases(weight))
+        reference.step(grad, optimizer.spaces[weight].bases())
     exact = reference.weight()
     # rounding of 1e-16, over an eps of 1e-3
     assert float((weight.detach() - exact).norm()) < 1e-10 * float((start - exact).norm())
@@ -180,14 +182,14 @@ def test_basis_is_that_of_the_directions_gradient():
     torch.manual_seed(0)
     weight = torch.randn(24, 40, dtype=torch.float64) * torch.logspace(-2, 1, 24)[:, None]
     weight = nn.Parameter(weight)
-    optimizer = GaLoreAdamW([{"params": [weight], "rank": 6, "weight_norm": "exact"}], lr=1e-2)
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 6, "space": Normalised}], lr=1e-2)
     size, grad = weight.detach().norm(dim=1, keepdim=True), torch.randn_like(weight)
     weight.grad = grad.clone()
     unit = weight.detach() / size
     dv = grad - (grad * unit).sum(1, keepdim=True) * unit  # the magnitude and the norm begin alike
     optimizer.step()
     wanted = torch.linalg.svd(dv, full_matrices=False).U[:, :6]
-    got = optimizer.bases(weight)["left"]
+    got = optimizer.spaces[weight].bases()["left"]
     assert float((wanted.mT @ got).square().sum()) == pytest.approx(6, rel=1e-12)
 
 
@@ -198,7 +200,7 @@ def test_rows_have_the_magnitudes_length_after_every_step(make, dtype, weight_de
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(65, 40).to(dtype))
     optimizer = make(
-        [{"params": [weight], "rank": 8, "update_proj_gap": 3, "weight_norm": "exact"}], weight_decay=weight_decay
+        [{"params": [weight], "rank": 8, "update_proj_gap": 3, "space": Normalised}], weight_decay=weight_decay
     )
     first = row_norms(weight)
     for _ in range(12):
@@ -215,7 +217,7 @@ def test_rows_have_the_magnitudes_length_after_every_step(make, dtype, weight_de
 def test_a_magnitude_goes_through_zero_and_keeps_its_direction():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(6, 9, dtype=torch.float64) * 0.01)
-    optimizer = GaLoreAdamW([{"params": [weight], "rank": 3, "weight_norm": "exact", "scale": 1e-9}], lr=0.005)
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 3, "space": Normalised, "scale": 1e-9}], lr=0.005)
     unit = nn.functional.normalize(weight.detach().clone(), dim=1)
     for _ in range(20):
         weight.grad = unit.clone()
@@ -241,7 +243,7 @@ def test_a_row_of_zeros_is_trained_until_it_has_a_magnitude():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(12, 20))
     weight.data[3] = 0
-    optimizer = GaLoreAdamW([{"params": [weight], "rank": 6, "weight_norm": "exact"}], lr=1e-2)
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 6, "space": Normalised}], lr=1e-2)
     for _ in range(3):
         weight.grad = torch.randn(12, 20)
         optimizer.step()
@@ -259,7 +261,7 @@ def model_of(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 def groups_of(model, **more) -> list[dict]:
     weights = [p for p in model.parameters() if p.dim() == 2]
-    tags = {"rank": 4, "update_proj_gap": 3, "weight_norm": "exact", **more}
+    tags = {"rank": 4, "update_proj_gap": 3, "space": Normalised, **more}
     return [{"params": weights, **tags}, {"params": [p for p in model.parameters() if p.dim() < 2]}]
 
 
@@ -298,11 +300,18 @@ def test_clipping_scales_magnitude_and_direction_alike():
     seen = []
 
     def watch(optimizer):
-        original = optimizer._step_normalised
-        optimizer._step_normalised = lambda p, *rest: (
-            seen.append(optimizer.magnitude_grads[p].clone()),
-            original(p, *rest),
-        )
+        def look(space):
+            original = space.gradient
+
+            def gradient():
+                parts = original()
+                seen.append(parts[1].grad.clone())
+                return parts
+
+            space.gradient = gradient
+
+        for space in optimizer.projected:
+            look(space)
 
     watch(a)
     watch(b)
@@ -334,7 +343,7 @@ def test_save_and_load_inside_a_gap_continues_bit_for_bit(make):
 def test_no_tensor_of_the_weights_size_is_held_or_made():
     m, n, r = 100, 630, 16
     weight = nn.Parameter(torch.randn(m, n))
-    optimizer = GaLoreAdamW([{"params": [weight], "rank": r, "weight_norm": "exact"}], lr=0.01)
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": r, "space": Normalised}], lr=0.01)
     for _ in range(2):
         weight.grad = torch.randn(m, n)
         optimizer.step()
@@ -342,7 +351,7 @@ def test_no_tensor_of_the_weights_size_is_held_or_made():
     # basis and two moments as GaLore; magnitude, norm, and two moments of the magnitude
     assert held == (m * r + 2 * n * r + 4 * m) * 4
     weight = nn.Parameter(torch.randn(1000, 400))
-    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4, "weight_norm": "exact"}], lr=0.01)
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4, "space": Normalised}], lr=0.01)
     weight.grad = torch.randn(1000, 400)
     optimizer.step()
     weight.grad.normal_()
@@ -355,8 +364,8 @@ def test_no_tensor_of_the_weights_size_is_held_or_made():
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        ({"rank": 2, "weight_norm": "no"}, "weight_norm is 'no'"),
-        ({"rank": 2, "weight_norm": "exact"}, "takes matrices"),
+        ({"rank": 2, "space": Normalised, "weight_norm": "no"}, "weight_norm is 'no'"),
+        ({"rank": 2, "space": Normalised}, "takes matrices"),
     ],
 )
 def test_a_wrong_group_is_refused(tags, message):

@@ -8,6 +8,8 @@ import torch
 from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_cli.config import OptimConfig
 from lowrank_cli.optim import build
+from lowrank_cli.optim.factored import Factored
+from lowrank_cli.optim.weight_norm import Normalised
 from lowrank_cli.optim.write import stochastic_round
 
 pytestmark = pytest.mark.numerical
@@ -18,8 +20,8 @@ KINDS = {
     "projected": {"rank": RANK, "update_proj_gap": 500, "scale": 1.0},
     "projected twice": {"rank": RANK, "update_proj_gap": 500, "scale": 1.0, "proj_type": "full"},
     "projected on the left": {"rank": RANK, "update_proj_gap": 500, "scale": 1.0, "proj_type": "left"},
-    "normalised": {"rank": RANK, "update_proj_gap": 500, "scale": 1.0, "weight_norm": "exact"},
-    "factored": {"num_groups": 8},
+    "normalised": {"rank": RANK, "update_proj_gap": 500, "scale": 1.0, "space": Normalised},
+    "factored": {"space": Factored, "num_groups": 8},
 }
 RULES = {
     "adamw": GaLoreAdamW,
@@ -37,8 +39,8 @@ def trained(make, group: dict, dtype: torch.dtype, rounding: bool, **more) -> to
     vector = torch.nn.functional.normalize(torch.randn(SIZE // 8, generator=draw), dim=0)
     for _ in range(UPDATES):
         if "num_groups" in group:
-            optimizer.vectors[weight] = lambda: vector.to(dtype if dtype == torch.float64 else torch.float32)
-            optimizer.accumulate(weight, (base[:, :8] + torch.randn(SIZE, 8, generator=draw)).to(dtype))
+            optimizer.spaces[weight].vector = lambda: vector.to(dtype if dtype == torch.float64 else torch.float32)
+            optimizer.spaces[weight].accumulate([(base[:, :8] + torch.randn(SIZE, 8, generator=draw)).to(dtype)])
         else:
             weight.grad = (base + torch.randn(SIZE, SIZE, generator=draw)).to(dtype)
         optimizer.step()
@@ -110,7 +112,9 @@ def reference(weight: torch.Tensor, grads: list[torch.Tensor], lr: float, eps: f
 
 
 # at full rank, in the coordinates of the identity, a projected update is that of the whole gradient
-@pytest.mark.parametrize("tags", [{}, {"rank": 6, "scale": 1.0}, {"num_groups": 2}], ids=["plain", "rank", "factored"])
+@pytest.mark.parametrize(
+    "tags", [{}, {"rank": 6, "scale": 1.0}, {"space": Factored, "num_groups": 2}], ids=["plain", "rank", "factored"]
+)
 @pytest.mark.parametrize("setting", [{}, {"per_layer": True}], ids=["whole", "per layer"])
 def test_every_class_that_a_command_builds_has_the_adam_of_torch(tags, setting, monkeypatch):
     lr, eps, decay = 1e-2, 1e-1, 0.5
@@ -119,14 +123,14 @@ def test_every_class_that_a_command_builds_has_the_adam_of_torch(tags, setting, 
     factors = [torch.randn(6, 2, dtype=torch.float64, generator=draw) for _ in range(8)]
     vector = torch.nn.functional.normalize(torch.randn(3, dtype=torch.float64, generator=draw), dim=0)
     grads = [torch.kron(factor, vector[None]) for factor in factors]
-    monkeypatch.setattr("lowrank_cli.optim.subspaces.find_basis", lambda *a, **k: torch.eye(6, dtype=torch.float64))
+    monkeypatch.setattr("lowrank_cli.optim.projected.find_basis", lambda *a, **k: torch.eye(6, dtype=torch.float64))
     weight = torch.nn.Parameter(start.clone())
     config = OptimConfig(lr=lr, eps=eps, kernel="torch", **setting)
     optimizer = build(config, [{"params": [("w", weight)], "weight_decay": decay, **tags}])
     for factor, grad in zip(factors, grads, strict=True):
         if "num_groups" in tags:
-            optimizer.vectors[weight] = lambda: vector
-            optimizer.accumulate(weight, factor)
+            optimizer.spaces[weight].vector = lambda: vector
+            optimizer.spaces[weight].accumulate([factor])
         else:
             weight.grad = grad.clone()
         optimizer.step()

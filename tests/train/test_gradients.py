@@ -98,9 +98,9 @@ def test_per_layer_holds_the_gradient_of_one_layer(monkeypatch, pretrain):
     held = []
     original = Gradients._complete
 
-    def complete(self, p):
-        held.append(sum(q.grad.numel() for q in self.groups if q.grad is not None))
-        return original(self, p)
+    def complete(self, space):
+        held.append(sum(q.grad.numel() for q in self.parameters if q.grad is not None))
+        return original(self, space)
 
     monkeypatch.setattr(Gradients, "_complete", complete)
     pretrain(f"{PLAIN} --per-layer")
@@ -110,16 +110,16 @@ def test_per_layer_holds_the_gradient_of_one_layer(monkeypatch, pretrain):
 
 
 def test_in_backward_forms_no_full_gradient_between_refreshes(monkeypatch, pretrain):
-    from lowrank_cli.optim.base import ProjectedOptimizer
+    from lowrank_cli.optim.projected import Projected
 
     full, due = [], []
-    original = ProjectedOptimizer._step_projected
+    original = Projected.gradient
 
-    def step(self, p, group):
-        (due if self.is_due(p) else full).append(p.grad is not None)
-        return original(self, p, group)
+    def gradient(self):
+        (due if self.is_due else full).append(self.weight.grad is not None)
+        return original(self)
 
-    monkeypatch.setattr(ProjectedOptimizer, "_step_projected", step)
+    monkeypatch.setattr(Projected, "gradient", gradient)
     pretrain(f"{GALORE} --galore-in-backward")
     assert due
     assert all(due)
@@ -128,17 +128,17 @@ def test_in_backward_forms_no_full_gradient_between_refreshes(monkeypatch, pretr
 
 
 def test_staggered_refreshes_are_spread_over_the_gap(monkeypatch, pretrain):
-    from lowrank_cli.optim.base import ProjectedOptimizer
+    from lowrank_cli.optim.projected import Projected
 
     at = []
-    original = ProjectedOptimizer._refresh
+    original = Projected.refresh
 
-    def refresh(self, p, state, group):
-        if p.device.type != "meta":  # where the estimate of memory carries out updates of its own
-            at.append(state.get("step", 0))
-        return original(self, p, state, group)
+    def refresh(self):
+        if self.weight.device.type != "meta":  # where the estimate of memory carries out updates of its own
+            at.append(self.state.get("step", 0))
+        return original(self)
 
-    monkeypatch.setattr(ProjectedOptimizer, "_refresh", refresh)
+    monkeypatch.setattr(Projected, "refresh", refresh)
     pretrain(f"{GALORE} --galore-stagger --galore-update-proj-gap 7 --max-steps 8")
     # 14 matrices: all at the first update, then two at each of seven
     assert [at.count(step) for step in range(8)] == [14, 2, 2, 2, 2, 2, 2, 2]
@@ -153,7 +153,7 @@ def test_lazy_refresh_doubles_the_gap_of_a_still_basis():
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 1, "update_proj_gap": 2, "lazy_refresh": True}], lr=1e-3)
     refreshes = []
     for step in range(40):
-        if optimizer.is_due(weight):
+        if optimizer.spaces[weight].is_due:
             refreshes.append(step)
         weight.grad = grad.clone()
         optimizer.step()

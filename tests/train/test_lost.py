@@ -177,9 +177,7 @@ def test_what_is_not_finite_is_named_and_never_saved(what, lowrank, tiny_flags, 
                 "basis": lambda: next(v for k, v in state[p].items() if k.startswith("basis"))[0, 0].fill_(
                     float("nan")
                 ),
-                "projected gradient": lambda: self.optimizer.low_rank_grads.update(
-                    {p: torch.full((2, 2), float("nan"))}
-                ),
+                "projected gradient": lambda: self.optimizer.spaces[p].accumulate([torch.full((2, 2), float("nan"))]),
             }[what]()
 
     monkeypatch.setattr(loop.Session, "mark", mark)
