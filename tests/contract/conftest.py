@@ -210,7 +210,17 @@ def command_line(request, news, tiny_config, records) -> Callable[..., list[str]
             more = ["--dataset", news, "--model-config", tiny_config, "--vocab-size", 512]
         else:
             base = request.getfixturevalue("compressed_base" if subject.compresses else "trained_base")
-            more = ["--dataset", records, "--model", base, "--template", "plain", "--no-keep-best", "--grad-clipping", 0]
+            more = [
+                "--dataset",
+                records,
+                "--model",
+                base,
+                "--template",
+                "plain",
+                "--no-keep-best",
+                "--grad-clipping",
+                0,
+            ]
         return [*line.split(), *map(str, more), *subject.flags()]
 
     return call
