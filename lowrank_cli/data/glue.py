@@ -37,7 +37,7 @@ def load(
     parts: tuple[str, ...] = ("train", "validation"),
     offline: bool = False,
     status: Callable[[str], None] = lambda _: None,
-) -> list[list[Example]]:
+) -> tuple[list[Example], ...]:
     """Read the examples of parts of a task, in the files' order.
 
     The validation part is the published development set (MNLI: the matched one): the test labels are not public.
@@ -67,7 +67,7 @@ def load(
             (_rows(splits[name], where, task), where)
             for name, where in ((name, f"{task.hub[0]} {task.name} ({name})") for name in own)
         ]
-    return [_whole(examples, where, status) for examples, where in found]
+    return tuple(_whole(examples, where, status) for examples, where in found)
 
 
 def _part(folder: Path, task: Task, part: str) -> Path:

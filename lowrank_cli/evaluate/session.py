@@ -10,7 +10,7 @@ from typing import Any
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
 from lowrank_cli.data.tasks import TASKS
-from lowrank_cli.errors import UsageError
+from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.evaluate.names import MT_BENCH, PPL, check
 from lowrank_cli.misfortune import check_writable
 
@@ -47,13 +47,11 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
     console.quiet_libraries()
     from lowrank_cli.evaluate import harness, mt_bench, tasks, text_perplexity
     from lowrank_cli.evaluate.subject import open_subject, result_folder
-    from lowrank_cli.models.load import labels_of
-    from lowrank_cli.models.source import locate
 
     batch_size = harness.batch_size_of(settings.batch_size)
-    source = locate(config.model, offline=offline)
-    if labels := labels_of(source):
-        yield _labelled(config, out, names, labels, source.name, batch_size, offline=offline)
+    model, labels = _classifier(config, offline=offline)
+    if labels:
+        yield _labelled(config, out, names, labels, model, batch_size, offline=offline)
         return
     check(names)
     plain = [name for name in names if name not in (PPL, MT_BENCH)]
@@ -99,6 +97,19 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
         yield result, path
 
 
+def _classifier(config: RunConfig, *, offline: bool) -> tuple[str, int]:
+    """Return the model's name, and how many labels its head has: 0 for a language model."""
+    from lowrank_cli.models.load import labels_of
+    from lowrank_cli.models.source import locate
+
+    try:
+        source = locate(config.model, offline=offline)
+    except LowrankError:
+        # what is wrong with the tasks or their data is said first, and this when the model's turn comes
+        return "", 0
+    return source.name, labels_of(source)
+
+
 def _labelled(
     config: RunConfig, out: str | None, names: list[str], labels: int, model: str, batch_size: int | None, *,
     offline: bool,
@@ -132,14 +143,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     from lowrank_cli.evaluate import harness, labelled, mt_bench, tasks, text_perplexity
-    from lowrank_cli.models.load import labels_of
     from lowrank_cli.models.source import locate
 
     names = names_of(settings.tasks)
-    source = locate(config.model, offline=offline)
-    if labels := labels_of(source):
-        task = labelled.task_of(names, labels, source.name)
-        return {"model": source.name, task.name: len(labelled.examples(task, settings, offline=offline))}
+    model, labels = _classifier(config, offline=offline)
+    if labels:
+        task = labelled.task_of(names, labels, model)
+        return {"model": model, task.name: len(labelled.examples(task, settings, offline=offline))}
     plain = [name for name in names if name not in (PPL, MT_BENCH)]
     loaded = tasks.load(plain, settings.data_dir, offline=offline, num_fewshot=settings.num_fewshot)
     counts: dict[str, Any] = {part.name: harness.questions_in(part, settings.limit) for part in loaded}
@@ -148,4 +158,4 @@ def plan(config: RunConfig) -> dict[str, Any]:
         counts[PPL] = f"{text.num_words} words of {text.name}"
     if MT_BENCH in names:
         counts[MT_BENCH] = len(mt_bench.read_questions(settings.questions, settings.limit))
-    return {"model": source.name, **counts}
+    return {"model": locate(config.model, offline=offline).name, **counts}

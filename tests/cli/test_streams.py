@@ -79,7 +79,7 @@ def assert_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    "screen", ["pipe", "terminal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "closed"))]
+    "screen", ["terminal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pipe", "full", "closed"))]
 )
 def test_training_goes_on_without_its_screen(screen, tmp_path, monkeypatch, tiny_flags):
     monkeypatch.chdir(tmp_path)

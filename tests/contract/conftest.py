@@ -96,7 +96,7 @@ def composed(text: str, command: str) -> list[type[methods.Method]]:
     return [] if any((TOYS / f"{part.name}.py").is_file() for part in parts) else parts
 
 
-# modes of the optimizer, which is the same in every command: slow but for a method's first one
+# modes of the loop and the optimizer, the same in every command: slow but for a method's first one
 OF_THE_OPTIMIZER = {
     "test_in_backward",
     "test_other_rules",
@@ -104,6 +104,9 @@ OF_THE_OPTIMIZER = {
     "test_16_bits_follow_64",
     "test_stochastic_rounding_follows_64_bits_in_the_mean",
     "test_estimate_is_what_the_optimizer_holds",
+    "test_accumulation_of_ragged_rows",
+    "test_per_layer",
+    "test_resumed_in_the_middle_of_a_gap",
 }
 
 

@@ -77,7 +77,10 @@ undo.callback(setattr, loop.Session, "mark", original)
 """
 
 
-@pytest.mark.parametrize("name", ["galore", "galore-left", "gradnormlorp", "full"])
+@pytest.mark.parametrize(
+    "name",
+    ["gradnormlorp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("galore", "galore-left", "full"))],
+)
 def test_a_process_holds_its_share_of_weights_moments_and_bases(name, train, tmp_path):
     train(1, METHODS[name], steps=10, before=HELD)
     alone = json.loads((tmp_path / "held0.json").read_text())
@@ -131,6 +134,7 @@ def test_saved_on_some_processes_and_resumed_on_others(kind, ranks, train, tmp_p
     assert distance(written(tmp_path / "end.safetensors"), end, start) < BOUND
 
 
+@pytest.mark.slow
 def test_8_bit_blocks_that_lie_on_two_processes_stay_with_their_number(ranks, train, tmp_path):
     config = tmp_path / "odd.json"
     shape = {"hidden_size": 40, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -146,6 +150,7 @@ def test_8_bit_blocks_that_lie_on_two_processes_stay_with_their_number(ranks, tr
     assert "go on with 2 processes" in results[0].err
 
 
+@pytest.mark.slow
 def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, tiny_flags, tmp_path, wait_for_step):
     line = f"pretrain {PLAIN} --parallel fsdp --max-steps 60 --save-every 5 --nproc 2"
     ranks(2, f"{line} --out whole", *tiny_flags)

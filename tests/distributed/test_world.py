@@ -72,7 +72,9 @@ def test_the_total_batch_grows_with_the_processes_and_is_kept(ranks, tiny_flags,
     assert apart(tmp_path, "two", "one") < BOUND
 
 
-@pytest.mark.parametrize("numbers", [(2, 1), (1, 2), (2, 2), pytest.param((2, 4), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "numbers", [(2, 1), *(pytest.param(numbers, marks=pytest.mark.slow) for numbers in ((1, 2), (2, 2), (2, 4)))]
+)
 def test_saved_on_some_processes_and_resumed_on_others(numbers, ranks, flags, tmp_path):
     first, then = numbers
     flags = [*flags, "--save-every", 9, "--keep", 3]
@@ -111,7 +113,6 @@ undo.callback(setattr, loop, "backward", original)
     assert again == [mine[3:] for mine in draws]
 
 
-@pytest.mark.slow
 def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, flags, tmp_path, wait_for_step):
     flags = [*flags, "--max-steps", 60, "--save-every", 5, "--nproc", 2]
     ranks(2, *flags, "--out", "whole")

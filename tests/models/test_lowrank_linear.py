@@ -143,7 +143,13 @@ def test_trains_every_factor(tmp_path):
             assert float(p.grad.norm()) > 0, name
 
 
-@pytest.mark.parametrize("order", ["import lowrank_cli, transformers", "import transformers, lowrank_cli"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import transformers, lowrank_cli",
+        pytest.param("import lowrank_cli, transformers", marks=pytest.mark.slow),
+    ],
+)
 def test_importing_the_package_is_enough_whatever_the_order(order, tmp_path):
     """From the root of the checkout too, whose folder `kernels` is not the package that Transformers looks for."""
     compressed(tiny("llama"), "factored").save_pretrained(tmp_path)

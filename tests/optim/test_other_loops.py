@@ -66,7 +66,7 @@ for step in range(12):
 """
 
 
-@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("rank", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_changes_is_an_error_and_never_foreign_memory(rank):
     # in a process of its own: what this guards against is a segmentation fault
     done = subprocess.run([sys.executable, "-c", RANK_CHANGES.replace("RANK", str(rank))], capture_output=True,

@@ -52,20 +52,32 @@ def apart(lowrank, flags, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
-@pytest.mark.parametrize("mode", ["--per-layer", "--galore-in-backward", "--per-layer --galore-in-backward"])
-def test_every_mode_gives_the_plain_update(optimizer, mode, apart):
+# the contract's tests have the modes one by one
+TOGETHER = "--per-layer --galore-in-backward"
+
+
+@pytest.mark.parametrize(
+    ("mode", "optimizer"),
+    [
+        pytest.param(mode, optimizer, marks=() if mode == TOGETHER else pytest.mark.slow)
+        for mode in ("--per-layer", "--galore-in-backward", TOGETHER)
+        for optimizer in ("adamw", "adamw8bit", "adafactor")
+    ],
+)
+def test_every_mode_gives_the_plain_update(mode, optimizer, apart):
     rule = f"--optimizer {optimizer} --total-batch-size 16"
     assert apart(f"{PLAIN} {rule} {mode}", f"{PLAIN} {rule}".replace("--batch-size 4", "--batch-size 16")) < BOUND
 
 
-@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
+@pytest.mark.parametrize(
+    "proj_type", ["left", "full", *(pytest.param(t, marks=pytest.mark.slow) for t in ("std", "reverse_std", "right"))]
+)
 def test_every_side_in_backward_gives_the_plain_update(proj_type, apart):
     side = f"--galore-proj-type {proj_type} --total-batch-size 4"
     assert apart(f"{GALORE} {side} --galore-in-backward --batch-size 2", f"{PLAIN} {side}") < BOUND
 
 
-@pytest.mark.parametrize("mode", ["--per-layer", "--galore-in-backward", ""])
+@pytest.mark.parametrize("mode", ["--per-layer --galore-in-backward", pytest.param("", marks=pytest.mark.slow)])
 def test_clipping_works_in_every_mode(mode, apart):
     free = f"{PLAIN} {mode}"
     assert apart(f"{free} --grad-clipping 1e6", free) < BOUND

@@ -34,8 +34,18 @@ def ended(lowrank, tiny_flags):
     return whole
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "config.yaml", "targets.json", "log.txt"])
-@pytest.mark.parametrize("damage", ["gone", "empty", "NULs", "a list", "half"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        # one way to break each file, and every way to break the one that says most
+        pytest.param(name, damage, marks=() if name == "run.json" or damage == quick else pytest.mark.slow)
+        for name, quick in (
+            ("run.json", "gone"), ("metrics.jsonl", "half"), ("config.yaml", "empty"), ("targets.json", "NULs"),
+            ("log.txt", "gone"),
+        )
+        for damage in ("gone", "empty", "NULs", "a list", "half")
+    ],
+)  # fmt: skip
 def test_a_good_checkpoint_goes_on_whatever_the_other_files_hold(name, damage, lowrank, ended):
     file = Path("run", name)
     if damage == "gone":
@@ -60,7 +70,9 @@ def test_a_run_without_its_record_and_its_settings_goes_on(lowrank, ended):
     assert same(weights(), ended)
 
 
-@pytest.mark.parametrize("name", ["model", "optimizer", "method", "rng"])
+@pytest.mark.parametrize(
+    "name", ["model", *(pytest.param(n, marks=pytest.mark.slow) for n in ("optimizer", "method", "rng"))]
+)
 def test_a_flipped_bit_is_named_and_an_older_checkpoint_goes_on(name, lowrank, ended):
     file = Path(f"run/checkpoints/step-000004/{name}.safetensors")
     content = bytearray(file.read_bytes())
@@ -120,6 +132,7 @@ def test_files_have_the_users_own_permissions(lowrank, tiny_flags):
     assert set(modes.values()) == {0o640}
 
 
+@pytest.mark.slow
 def test_step_0_stands_once_where_the_first_checkpoint_was_not_reached(process, lowrank, tiny_flags, tmp_path):
     child = process("pretrain --max-steps 300 --out run", *tiny_flags, "--save-every", 300, "--eval-every", 300)
     metrics = tmp_path / "run/metrics.jsonl"
@@ -341,7 +354,17 @@ def test_the_newest_run_is_the_one_that_began_last_and_has_a_language_model(tmp_
     assert RunDir.newest_with_model(plain=True) == last
 
 
-@pytest.mark.parametrize("entry", [{"model": 7}, {"steps": "4"}, {"sample": None}, {"validation_loss": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"model": 7},
+        *(
+            pytest.param(entry, marks=pytest.mark.slow)
+            for entry in ({"steps": "4"}, {"sample": None}, {"validation_loss": "x"})
+        ),
+    ],
+    ids=str,
+)
 def test_a_result_of_another_kind_is_made_again_from_the_checkpoint(entry, lowrank, tiny_flags):
     assert lowrank("pretrain --max-steps 2 --out run", *tiny_flags)[0] == 0
     whole, record = weights(), json.loads(Path("run/run.json").read_text())
