@@ -85,8 +85,8 @@ def measure(description: Description) -> int:
         for update in range(UPDATES):
             first = audit.Snapshot(optimizer) if update == 0 else None
             if update == 2:
-                for p in getattr(optimizer, "projected", {}):
-                    optimizer.state[p]["until_refresh"] = 0
+                for space in getattr(optimizer, "projected", []):
+                    space.state["until_refresh"] = 0
             gradients.begin(measuring=True)
             for index in range(passes):
                 gradients.last = index == passes - 1
