@@ -272,7 +272,7 @@ class Sharded(Replicated):
 
     def reduce(self) -> None:
         if not self.gradients.per_layer or self.gradients.clipping:
-            cut = [self.gradients.spaces[p] for p in self._part_of.values() if p.grad is not None]
+            cut = [s for s in self._spaces() if s.layout.is_cut and s.weight.grad is not None]
             due = [space for space in cut if isinstance(space, Projected) and space.is_due]
             for some in _chunks(due, self.replicas.world_size):
                 self._refresh_together(some)
