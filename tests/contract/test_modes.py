@@ -23,24 +23,6 @@ RESUMABLE = f"{FOUR_PASSES} --save-every 5 --keep 9"
 # the largest relative error of a number in 8 + 8 bits
 U16 = 2**-8
 
-# what the toy shows of a loop that hands a method its gradients in one mode only; the redesign has to turn it green
-FAULTS = {
-    "per layer": "a method's hook runs after the last tensor: per layer, gradients are gone by then",
-    "ddp": "a method's hook sees one process's gradients, before they are summed",
-    "fsdp": "a method's hook sees one process's rows of the gradients",
-}
-
-
-@pytest.fixture
-def fault(request, subject):
-    """Expect the failure of a toy in a mode."""
-
-    def call(mode: str) -> None:
-        if subject.toy:
-            request.applymarker(pytest.mark.xfail(strict=True, reason=FAULTS[mode]))
-
-    return call
-
 
 @pytest.fixture
 def same(subject, train, lowrank, command_line):
@@ -76,8 +58,7 @@ def test_accumulation_of_ragged_rows(subject, same):
     same(f"{FOUR_PASSES} {padded(subject)}", f"{ONE_PASS} {padded(subject)}")
 
 
-def test_per_layer(subject, same, fault):
-    fault("per layer")
+def test_per_layer(subject, same):
     same(f"{STEPS} --batch-size 2 --total-batch-size 4 --per-layer", ONE_PASS)
 
 
@@ -133,8 +114,7 @@ def test_stochastic_rounding_follows_64_bits_in_the_mean(subject, train):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes(how, subject, train, ranks, command_line, fault, tmp_path):
-    fault(how)
+def test_two_processes(how, subject, train, ranks, command_line, tmp_path):
     one = train(subject, ONE_PASS)
     line = f"{STEPS} --batch-size 2 --total-batch-size 4 --parallel {how} --out two"
     before = "import watched; watched.in_worker(undo, rank)"
