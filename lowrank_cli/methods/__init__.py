@@ -1,4 +1,5 @@
-"""The methods. The folder is the registry: a method is one file here, with one subclass of `Method` in it."""
+"""The methods. The folder is the registry: a method is one file here, or one folder with `method.py` if it has layers or
+a space of its own, with one subclass of `Method` in it."""
 
 from functools import cache
 from importlib import import_module
@@ -12,7 +13,7 @@ ORDER = ("weights", "activations", "gradients")
 
 @cache
 def names() -> tuple[str, ...]:
-    """The name of every method, which is the name of its file."""
+    """Return the name of every method, which is that of its file or folder."""
     return tuple(sorted(module.name for module in iter_modules(__path__) if module.name != "base"))
 
 
@@ -25,8 +26,10 @@ def check_name(name: str) -> str:
 
 @cache
 def get(name: str) -> type[Method]:
-    """The class of a method; raises UsageError for an unknown name. Does not import torch."""
+    """Return the class of a method; raises UsageError for an unknown name. Does not import torch."""
     module = import_module(f"lowrank_cli.methods.{check_name(name)}")
+    if hasattr(module, "__path__"):
+        module = import_module(f"{module.__name__}.method")
     (cls,) = (
         c
         for c in vars(module).values()

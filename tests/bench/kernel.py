@@ -28,10 +28,10 @@ from optimizer_step import (
 )
 from torch import Tensor
 
+from lowrank_cli.methods.velora.space import Factored
 from lowrank_cli.ops import build
 from lowrank_cli.optim.adamw import GaLoreAdamW
 from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
-from lowrank_cli.optim.factored import Factored
 
 CASES = [
     Case("LLaMA-60M, rank 128", LLAMA_60M, 128, 20, False, Bar(1.3)),

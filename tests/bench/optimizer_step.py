@@ -21,7 +21,7 @@ from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor
 
 from lowrank_cli import GaLoreAdamW
-from lowrank_cli.optim.weight_norm import Normalised
+from lowrank_cli.methods.gradnormlorp.space import Normalised
 
 NO_REFRESH = 10**9
 SCALE = 0.25

@@ -22,8 +22,8 @@ from end_to_end import QUANTITIES, problem
 from torch import Tensor, nn
 
 from lowrank_cli import GaLoreAdamW
-from lowrank_cli.ops.velora_linear import compress, velora_linear
-from lowrank_cli.optim.factored import Factored
+from lowrank_cli.methods.velora.linear import compress, velora_linear
+from lowrank_cli.methods.velora.space import Factored
 
 TRAINERS = Path(__file__).with_name("trainers.py")
 # out, in, groups: LLaMA-60M's down projection with the authors' 86 groups of 16 features

@@ -13,7 +13,7 @@ from watched import watch
 
 from lowrank_cli import methods, optim
 from lowrank_cli.errors import UsageError
-from lowrank_cli.models.weight_norm_linear import layers
+from lowrank_cli.methods.gradnormlorp.linear import layers
 from lowrank_cli.settings.training import OptimConfig
 from lowrank_cli.train.finish import optimizer_bytes
 

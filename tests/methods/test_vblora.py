@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lowrank_cli import methods
 from lowrank_cli.errors import UsageError
-from lowrank_cli.models import vblora_layer
-from lowrank_cli.models.vblora_files import entries
-from lowrank_cli.models.vblora_layer import activate
+from lowrank_cli.methods.vblora import layer as vblora_layer
+from lowrank_cli.methods.vblora.files import entries
+from lowrank_cli.methods.vblora.layer import activate
 
 pytestmark = pytest.mark.numerical
 

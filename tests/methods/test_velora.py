@@ -16,9 +16,9 @@ from torch import nn
 from watched import watch
 
 from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from lowrank_cli.models.velora_layer import Compressor
-from lowrank_cli.models.velora_layer import VeLoRA as Layer
-from lowrank_cli.optim.factored import Factored
+from lowrank_cli.methods.velora.layer import Compressor
+from lowrank_cli.methods.velora.layer import VeLoRA as Layer
+from lowrank_cli.methods.velora.space import Factored
 from lowrank_cli.optim.gradients import Gradients
 
 pytestmark = pytest.mark.numerical

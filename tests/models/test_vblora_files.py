@@ -21,7 +21,7 @@ from transformers import (
 
 from lowrank_cli import methods
 from lowrank_cli.errors import LowrankError, MissingError, UsageError
-from lowrank_cli.models.vblora_files import entries
+from lowrank_cli.methods.vblora.files import entries
 
 pytestmark = pytest.mark.numerical
 

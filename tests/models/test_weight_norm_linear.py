@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_cli.models import weight_norm_linear
+from lowrank_cli.methods.gradnormlorp import linear as weight_norm_linear
+from lowrank_cli.methods.gradnormlorp.linear import WeightNormLinear
 from lowrank_cli.models.targets import select
-from lowrank_cli.models.weight_norm_linear import WeightNormLinear
 
 pytestmark = pytest.mark.numerical
 

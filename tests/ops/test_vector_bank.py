@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from torch.nn.functional import linear
 
+from lowrank_cli.methods.vblora.bank import compose, compose_backward, pack, select, unpack
 from lowrank_cli.ops.adapted_linear import Factors, adapted_linear, add_low_rank
-from lowrank_cli.ops.vector_bank import compose, compose_backward, pack, select, unpack
 
 pytestmark = pytest.mark.numerical
 

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
+from lowrank_cli.methods.velora.space import Factored
 from lowrank_cli.ops import build
 from lowrank_cli.optim import kernels
 from lowrank_cli.optim.adamw import GaLoreAdamW
 from lowrank_cli.optim.adamw8bit import GaLoreAdamW8bit
-from lowrank_cli.optim.factored import Factored
 
 pytestmark = pytest.mark.numerical
 

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_cli import GaLoreAdamW
+from lowrank_cli.methods.gradnormlorp.space import Normalised
 from lowrank_cli.ops.projected_linear import ProjectedLinear
 from lowrank_cli.optim.gradients import Gradients
-from lowrank_cli.optim.weight_norm import Normalised
 
 pytestmark = pytest.mark.numerical
 

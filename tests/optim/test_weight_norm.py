@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_cli.methods.gradnormlorp.space import Direction, Normalised, compose_, row_norms
 from lowrank_cli.ops.projected_linear import projected_linear
 from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.optim.projection import project
-from lowrank_cli.optim.weight_norm import Direction, Normalised, compose_, row_norms
 
 MAKERS = {
     "adamw": lambda groups, **more: GaLoreAdamW(groups, lr=1e-2, **more),

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_cli.methods.vblora.bank import compose, compose_backward, select
 from lowrank_cli.ops.adapted_linear import Factors, adapted_linear, add_low_rank
 from lowrank_cli.ops.precision import wide
-from lowrank_cli.ops.vector_bank import compose, compose_backward, select
 
 # the attribute of the model that holds its adapters
 ATTRIBUTE = "vblora"

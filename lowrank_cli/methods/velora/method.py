@@ -12,8 +12,8 @@ Adam on F (x) v factorises: moments m_F and v_F of m x G numbers give exactly th
     W[o, g, j] <- W[o, g, j] - lr * (m^_F v_j) / (sqrt(v^_F) |v_j| + eps)
 
 so gradient, accumulation and both moments shrink by M as well. Miles et al., arXiv:2405.17991, Alg. 1; the factored
-form is derived in docs/methods/velora.md. `scale` cancels under Adam. The layer is in `models/velora_layer.py` and
-`ops/velora_linear.py`, the update in `optim/factored.py`; this file says which linears are wrapped and how.
+form is derived in docs/methods/velora.md. `scale` cancels under Adam. The layer is in `methods/velora/layer.py` and
+`methods/velora/linear.py`, the update in `methods/velora/space.py`; this file says which linears are wrapped and how.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class VeLoRA(Method):
     def wrap(self, model: nn.Module) -> None:
         import zlib
 
-        from lowrank_cli.models.velora_layer import Compressor
-        from lowrank_cli.models.velora_layer import VeLoRA as Layer
+        from lowrank_cli.methods.velora.layer import Compressor
+        from lowrank_cli.methods.velora.layer import VeLoRA as Layer
 
         self.check_init()
         if self.config.init.startswith("ema_") and getattr(model, "is_gradient_checkpointing", False):
@@ -174,7 +174,7 @@ class VeLoRA(Method):
         return number if wanted is not None else features // number
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
-        from lowrank_cli.optim.factored import Factored
+        from lowrank_cli.methods.velora.space import Factored
 
         wrapped = {
             f"{n}.weight": m.factored_gradient for n, m in model.named_modules() if hasattr(m, "factored_gradient")

@@ -9,7 +9,7 @@ length b. Each sub-vector is a mixture of k of the h vectors of the bank, chosen
 Trained are the bank (h x b) and the logits (S x h, S sub-vectors in the model); stored, in the slim form, the bank and
 for each sub-vector k indices and k - 1 weights. Li et al., arXiv:2405.15179, Alg. 1. The factors are composed once an
 update, and their gradients go through the mixture once an update: the same maths as doing both in every pass. The
-layer is in `models/vblora_layer.py`, the composition in `ops/vector_bank.py`, the files in `models/vblora_files.py`.
+layer is in `methods/vblora/layer.py`, the composition in `methods/vblora/bank.py`, the files in `methods/vblora/files.py`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class VBLoRA(Method):
             raise UsageError(f"--vblora-vector-length is '{length}'", "give a whole number, or auto")
 
     def wrap(self, model: nn.Module) -> None:
+        from lowrank_cli.methods.vblora.layer import Shape, VectorBank, attach, dtype_of, sizes_of
         from lowrank_cli.models.targets import parse, select
-        from lowrank_cli.models.vblora_layer import Shape, VectorBank, attach, dtype_of, sizes_of
 
         targets = select(model, parse(self.config.target_modules))
         sizes = {name: sizes_of(module) for name, module in targets.items()}
@@ -137,7 +137,7 @@ class VBLoRA(Method):
         return length
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
-        from lowrank_cli.models.vblora_layer import ATTRIBUTE, adapters_of
+        from lowrank_cli.methods.vblora.layer import ATTRIBUTE, adapters_of
 
         own = {}
         for name, bank in adapters_of(model).items():
@@ -158,13 +158,13 @@ class VBLoRA(Method):
 
     def before_step(self, model: nn.Module) -> None:
         """Send the update's summed gradients of all factors through the mixtures, to bank and logits."""
-        from lowrank_cli.models.vblora_layer import adapters_of
+        from lowrank_cli.methods.vblora.layer import adapters_of
 
         for bank in adapters_of(model).values():
             bank.collect()
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float]:
-        from lowrank_cli.models.vblora_layer import adapters_of
+        from lowrank_cli.methods.vblora.layer import adapters_of
 
         for bank in adapters_of(model).values():
             if bank.vector_bank.requires_grad:
@@ -173,7 +173,7 @@ class VBLoRA(Method):
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         # adapters that are not trained; the others are the optimizer's parameters
-        from lowrank_cli.models.vblora_layer import adapters_of
+        from lowrank_cli.methods.vblora.layer import adapters_of
 
         return {
             f"{name}.{key}": tensor
@@ -183,7 +183,7 @@ class VBLoRA(Method):
         }
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        from lowrank_cli.models.vblora_layer import adapters_of
+        from lowrank_cli.methods.vblora.layer import adapters_of
 
         for name, bank in adapters_of(model).items():
             own = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
@@ -191,14 +191,14 @@ class VBLoRA(Method):
             bank.compose()
 
     def merge(self, model: nn.Module) -> None:
-        from lowrank_cli.models.vblora_layer import merge
+        from lowrank_cli.methods.vblora.layer import merge
 
         merge(model)
 
     def save_adapter(self, model: nn.Module, folder: Path, base: str) -> None:
         """Write the adapter, and a trained head, as PEFT does."""
-        from lowrank_cli.models.vblora_files import save
-        from lowrank_cli.models.vblora_layer import adapters_of
+        from lowrank_cli.methods.vblora.files import save
+        from lowrank_cli.methods.vblora.layer import adapters_of
 
         adapters = adapters_of(model)
         (name,) = adapters.active
@@ -216,8 +216,8 @@ class VBLoRA(Method):
             MissingError: there is no adapter.
             UsageError: it is for another base model, or cannot be trained.
         """
-        from lowrank_cli.models.vblora_files import load
-        from lowrank_cli.models.vblora_layer import adapters_of, attach
+        from lowrank_cli.methods.vblora.files import load
+        from lowrank_cli.methods.vblora.layer import adapters_of, attach
 
         bank = load(model, folder)
         if trainable and bank.is_fixed:

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli import foreign
 from lowrank_cli.errors import MissingError, UsageError
-from lowrank_cli.models.vblora_layer import ATTRIBUTE, Shape, VectorBank, dtype_of, sizes_of
-from lowrank_cli.ops.vector_bank import pack, unpack
+from lowrank_cli.methods.vblora.bank import pack, unpack
+from lowrank_cli.methods.vblora.layer import ATTRIBUTE, Shape, VectorBank, dtype_of, sizes_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -9,8 +9,8 @@ Both train the magnitude by the plain rule, and the gradient of V, I or J by the
 al., arXiv:2412.19616, eq. 2-6 and Alg. 1, which project two-sided; their code projects one-sided. Gradients are exact,
 with the tangent part that their code leaves out; `detached_norm` leaves it out as DoRA does, arXiv:2402.09353.
 
-Full mode keeps no copy of the weight: the step is in `optim/weight_norm.py`, on
-`optim/projected.py`. The adapter is `models/weight_norm_linear.py`. What is the paper's and what is reconstructed is
+Full mode keeps no copy of the weight: the step is in `methods/gradnormlorp/space.py`, on
+`optim/projected.py`. The adapter is `methods/gradnormlorp/linear.py`. What is the paper's and what is reconstructed is
 in docs/methods/gradnormlorp.md.
 """
 
@@ -148,7 +148,7 @@ class GradNormLoRP(Method):
     def wrap(self, model: nn.Module) -> None:
         if not self.is_adapter:
             return
-        from lowrank_cli.models import weight_norm_linear
+        from lowrank_cli.methods.gradnormlorp import linear as weight_norm_linear
         from lowrank_cli.models.targets import parse, select
 
         weight_norm_linear.wrap(
@@ -165,7 +165,7 @@ class GradNormLoRP(Method):
 
     def full_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         """galore's groups, each with its weights normalised."""
-        from lowrank_cli.optim.weight_norm import Normalised
+        from lowrank_cli.methods.gradnormlorp.space import Normalised
 
         own = {
             "role": "gradnormlorp",
@@ -182,7 +182,7 @@ class GradNormLoRP(Method):
 
     def adapter_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         """The factors projected where that makes them smaller; magnitudes and the head of a task by the plain rule."""
-        from lowrank_cli.models.weight_norm_linear import layers
+        from lowrank_cli.methods.gradnormlorp.linear import layers
         from lowrank_cli.optim.projected import Projected
 
         magnitudes = {f"{name}.lora_magnitude_vector" for name in layers(model)}
@@ -202,12 +202,12 @@ class GradNormLoRP(Method):
 
     def merge(self, model: nn.Module) -> None:
         if self.is_adapter:
-            from lowrank_cli.models import weight_norm_linear
+            from lowrank_cli.methods.gradnormlorp import linear as weight_norm_linear
 
             weight_norm_linear.merge(model)
 
     def save_adapter(self, model: nn.Module, folder: Path, base: str) -> None:
-        from lowrank_cli.models import weight_norm_linear
+        from lowrank_cli.methods.gradnormlorp import linear as weight_norm_linear
 
         weight_norm_linear.save(model, folder, base)
 

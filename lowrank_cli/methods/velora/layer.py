@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.methods.velora.linear import compress, velora_linear
 from lowrank_cli.ops.precision import wide
 from lowrank_cli.ops.replicas import Replicas
-from lowrank_cli.ops.velora_linear import compress, velora_linear
 
 FROZEN = ("batch_average_once", "random", "svd")
 

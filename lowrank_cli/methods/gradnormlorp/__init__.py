@@ -1,0 +1,1 @@
+"""GradNormLoRP: weights as magnitude times direction, whose gradient is projected."""

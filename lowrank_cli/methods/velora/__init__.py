@@ -1,0 +1,1 @@
+"""VeLoRA: activations kept along one vector, gradients in factored form."""
