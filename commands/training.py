@@ -13,10 +13,10 @@ from lowrank_cli.config import Invocation, RunConfig, to_yaml
 from lowrank_cli.errors import FAILED, INTERRUPTED, Interrupted, LowrankError, MissingError, UsageError
 from lowrank_cli.lock import locked
 from lowrank_cli.misfortune import explained, number_of, writing
+from lowrank_cli.parallel import launch as distributed
+from lowrank_cli.parallel.place import Place, settled
 from lowrank_cli.run import RunDir, is_run, versions
 from lowrank_cli.strict_json import dumps
-from lowrank_cli.train import distributed
-from lowrank_cli.train.place import Place, settled
 
 # settings that change neither the weights nor their order of updates, so that a resumed run may have others
 FREE = {"plots", "log_every", "save_every", "keep", "log", "eval_every", "eval_tokens", "offline", "device",

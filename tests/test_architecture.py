@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lowrank_cli"
 
 # each layer may import itself and the layers after it; the last one may be imported by everyone
-LAYERS = [{"commands", "main", "options", "__main__"}, {"train", "compress"}, {"evaluate", "data", "methods"},
-          {"svd", "models", "optim", "memory", "plots"}, {"ops"},
+LAYERS = [{"commands", "main", "options", "__main__"}, {"train", "compress", "evaluate"},
+          {"memory", "measure", "data", "methods"}, {"svd", "models", "parallel", "optim", "plots"}, {"ops"},
           {"config", "settings", "fields", "errors", "run", "console", "foreign", "lock", "misfortune",
            "strict_json"}]  # fmt: skip
 

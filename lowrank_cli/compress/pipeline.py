@@ -23,8 +23,8 @@ from lowrank_cli.compress.preparation import Job, stored_dtype
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.svd_dump import cached_values
 from lowrank_cli.errors import LowrankError
-from lowrank_cli.evaluate.perplexity import perplexity
 from lowrank_cli.evaluate.scoring import not_numbers
+from lowrank_cli.measure.perplexity import perplexity
 from lowrank_cli.models.lowrank_linear import low_rank_linears, replace_linear, weight_of
 from lowrank_cli.models.lowrank_quantizer import densify, mark
 from lowrank_cli.ops.finite import first_non_finite

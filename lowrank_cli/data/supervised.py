@@ -26,7 +26,7 @@ from lowrank_cli.data.tasks import Task
 from lowrank_cli.data.templates import Template, Text
 from lowrank_cli.data.tokens import Batch, TrainStream, check_total
 from lowrank_cli.errors import UsageError
-from lowrank_cli.evaluate.classification import score
+from lowrank_cli.measure.classification import score
 
 MULTIPLE = 8  # of the padded length: matrix units take whole tiles
 GROUP = 2048  # rows of the shuffled order that are sorted by length together ...

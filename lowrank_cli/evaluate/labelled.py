@@ -14,10 +14,10 @@ from lowrank_cli.data.glue import Example
 from lowrank_cli.data.supervised import collate
 from lowrank_cli.data.tasks import Task
 from lowrank_cli.errors import UsageError
-from lowrank_cli.evaluate.classification import predict, score
 from lowrank_cli.evaluate.harness import circumstances
 from lowrank_cli.evaluate.progress import Progress
 from lowrank_cli.evaluate.subject import Subject
+from lowrank_cli.measure.classification import predict, score
 from lowrank_cli.models.architecture import positions
 from lowrank_cli.models.load import Head
 from lowrank_cli.settings import COMMANDS

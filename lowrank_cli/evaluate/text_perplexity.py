@@ -28,13 +28,13 @@ from lowrank_cli.config import DataConfig
 from lowrank_cli.data.cache import cache_dir, fingerprint
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.errors import LowrankError, MissingError, PreflightError, UsageError
-from lowrank_cli.evaluate.perplexity import Perplexity, perplexity
 from lowrank_cli.evaluate.progress import Progress
 from lowrank_cli.evaluate.published import wikitext_rows
 from lowrank_cli.evaluate.scoring import MAX_ROWS, not_numbers, rows_that_fit
 from lowrank_cli.evaluate.subject import Subject
 from lowrank_cli.evaluate.suites import find
 from lowrank_cli.foreign import entry, read_json
+from lowrank_cli.measure.perplexity import Perplexity, perplexity
 from lowrank_cli.models.forward import takes_chunked_path
 from lowrank_cli.run import write_json
 from lowrank_cli.settings.evaluate import HarnessConfig

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowrank_cli.config import RunConfig
-    from lowrank_cli.ops.replicas import Alone
+    from lowrank_cli.parallel.replicas import Alone
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lowrank_cli import console
 from lowrank_cli.ops.precision import cut, wide
 from lowrank_cli.ops.projected_linear import ProjectedLinear
-from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.projection import project, sides, unfold
 from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
 from lowrank_cli.optim.space import Move, Part, Space
 from lowrank_cli.optim.write import expand_add_
+from lowrank_cli.parallel.shards import layout
 
 if TYPE_CHECKING:
     from lowrank_cli.optim.optimizer import LowRankOptimizer

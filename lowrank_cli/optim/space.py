@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli.ops.precision import wide
-from lowrank_cli.ops.shards import Whole, layout
 from lowrank_cli.optim.write import add_
+from lowrank_cli.parallel.shards import Whole, layout
 
 if TYPE_CHECKING:
     from lowrank_cli.optim.optimizer import LowRankOptimizer

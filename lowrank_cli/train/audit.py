@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.errors import LowrankError, UsageError
-from lowrank_cli.models.sharding import local_tensor
 from lowrank_cli.ops.finite import first_non_finite
-from lowrank_cli.ops.replicas import Alone, Replicas
-from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.space import collected
+from lowrank_cli.parallel.replicas import Alone, Replicas
+from lowrank_cli.parallel.sharding import local_tensor
+from lowrank_cli.parallel.shards import layout
 
 # elements of a tensor that are compared before and after the first update
 SAMPLE = 1 << 16

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 from lowrank_cli import foreign
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.misfortune import number_of, reason
-from lowrank_cli.models.sharding import whole_tensor
 from lowrank_cli.models.source import CUT
-from lowrank_cli.ops.replicas import Alone
+from lowrank_cli.parallel import sharded_checkpoint
+from lowrank_cli.parallel.replicas import Alone
+from lowrank_cli.parallel.sharded_checkpoint import load_optimizer, parameters_of
+from lowrank_cli.parallel.sharding import whole_tensor
 from lowrank_cli.run import write_json
-from lowrank_cli.train import sharded_checkpoint
-from lowrank_cli.train.sharded_checkpoint import load_optimizer, parameters_of
 
 MANIFEST = "manifest.json"
 SETTINGS = "config.yaml"

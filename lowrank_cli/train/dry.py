@@ -16,9 +16,9 @@ from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import MissingError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD, LowRankConfig, LowRankQuantizer
+from lowrank_cli.parallel.place import Place
 from lowrank_cli.train import audit, plan
 from lowrank_cli.train.objective import objective
-from lowrank_cli.train.place import Place
 from lowrank_cli.train.setup import adapter_of, apply_methods
 
 # of t5-base, the tokenizer of the papers' pretraining runs

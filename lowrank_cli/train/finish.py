@@ -21,7 +21,7 @@ from lowrank_cli.misfortune import reason
 from lowrank_cli.models.architecture import positions
 from lowrank_cli.models.source import place
 from lowrank_cli.models.tying import apart
-from lowrank_cli.ops.shards import full_numel
+from lowrank_cli.parallel.shards import full_numel
 from lowrank_cli.train import checkpoint
 from lowrank_cli.train.metrics import peak_memory
 from lowrank_cli.train.objective import is_better, mean_line

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig, to_yaml
 from lowrank_cli.errors import Interrupted, LowrankError, UsageError
-from lowrank_cli.models.sharding import reshard, reunite
-from lowrank_cli.ops.replicas import Alone
-from lowrank_cli.ops.shards import full_numel
 from lowrank_cli.optim import schedule
-from lowrank_cli.optim.exchange import Exchange, Replicated, Sharded
 from lowrank_cli.optim.gradients import Gradients
+from lowrank_cli.parallel.exchange import Exchange, Replicated, Sharded
+from lowrank_cli.parallel.replicas import Alone
+from lowrank_cli.parallel.sharding import reshard, reunite
+from lowrank_cli.parallel.shards import full_numel
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.train import audit, checkpoint, finish, plan
 from lowrank_cli.train.metrics import Follower, Reporter

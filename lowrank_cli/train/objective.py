@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_cli.evaluate.classification import label_loss
-from lowrank_cli.evaluate.perplexity import Perplexity, perplexity
-from lowrank_cli.evaluate.supervised import evaluate as supervised
+from lowrank_cli.measure.classification import label_loss
+from lowrank_cli.measure.perplexity import Perplexity, perplexity
+from lowrank_cli.measure.supervised import evaluate as supervised
 from lowrank_cli.models.forward import causal_lm_loss
-from lowrank_cli.ops.replicas import Alone
+from lowrank_cli.parallel.replicas import Alone
 
 Batch = dict[str, Tensor]
 

@@ -14,12 +14,12 @@ from lowrank_cli import console, data, optim
 from lowrank_cli.config import DataConfig, RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
-from lowrank_cli.models import sharding
 from lowrank_cli.models.source import locate
-from lowrank_cli.ops.replicas import Alone, Replicas
+from lowrank_cli.parallel import sharding
+from lowrank_cli.parallel.launch import World
+from lowrank_cli.parallel.replicas import Alone, Replicas
 from lowrank_cli.settings import COMMANDS
 from lowrank_cli.train import audit, checkpoint, plan
-from lowrank_cli.train.distributed import World
 from lowrank_cli.train.loop import Session
 from lowrank_cli.train.metrics import check_sinks
 from lowrank_cli.train.objective import objective

@@ -16,7 +16,7 @@ from watched import written
 
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.source import place
-from lowrank_cli.ops.replicas import rows_of
+from lowrank_cli.parallel.replicas import rows_of
 
 GALORE = "--method galore --galore-rank 8 --galore-update-proj-gap 7"
 PLAIN = f"{GALORE} --no-galore-in-backward"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from watched import written
 
 from lowrank_cli.errors import MissingError
-from lowrank_cli.train.place import Place
+from lowrank_cli.parallel.place import Place
 
 GALORE = "--method galore --galore-rank 8 --galore-update-proj-gap 7 --eps 1e-3"
 
@@ -202,7 +202,7 @@ if rank == 1:
 def test_a_gradient_that_breaks_on_one_rank_ends_both(mode, ranks, flags):
     # the second update refreshes; the sum over the ranks is not finite, and the one that decomposes it finds out
     broken = """
-from lowrank_cli.optim import exchange as module
+from lowrank_cli.parallel import exchange as module
 original = module.Replicated._refresh_together
 def refresh(self, due):
     if rank == 1 and self.replicas.update == 8 and due:

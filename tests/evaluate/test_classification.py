@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli.errors import LowrankError
-from lowrank_cli.evaluate import answers
-from lowrank_cli.evaluate.answers import answer
-from lowrank_cli.evaluate.classification import METRICS, label_loss, predict, score
+from lowrank_cli.measure import answers
+from lowrank_cli.measure.answers import answer
+from lowrank_cli.measure.classification import METRICS, label_loss, predict, score
 
 PAIRS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=50)
 

@@ -277,7 +277,7 @@ def test_the_guard_sees_every_float_of_a_run():
     optimizer.step()
     model = torch.nn.Module()
     model.register_parameter("w", p)
-    from lowrank_cli.ops.replicas import Alone
+    from lowrank_cli.parallel.replicas import Alone
 
     assert audit.first_broken(model, optimizer, Alone(), {}) == ""
     assert audit.first_broken(model, optimizer, Alone(), {"v": torch.tensor(float("nan"))}) == "the method's v"
@@ -289,7 +289,7 @@ def test_a_sharded_checkpoint_runs_nothing(tmp_path):
     import pickle
 
     from lowrank_cli.errors import UsageError
-    from lowrank_cli.train import sharded_checkpoint
+    from lowrank_cli.parallel import sharded_checkpoint
 
     class Attack:
         def __reduce__(self):

@@ -64,7 +64,7 @@ def test_interrupt_does_not_save_broken_weights(lowrank, tiny_flags, monkeypatch
 
 
 def test_interrupt_during_evaluation_does_not_wait_for_its_end(lowrank, tiny_flags, monkeypatch):
-    from lowrank_cli.evaluate import perplexity as module
+    from lowrank_cli.measure import perplexity as module
 
     seen, original = [], module.causal_lm_loss
 

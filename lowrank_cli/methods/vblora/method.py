@@ -9,7 +9,7 @@ length b. Each sub-vector is a mixture of k of the h vectors of the bank, chosen
 Trained are the bank (h x b) and the logits (S x h, S sub-vectors in the model); stored, in the slim form, the bank and
 for each sub-vector k indices and k - 1 weights. Li et al., arXiv:2405.15179, Alg. 1. The factors are composed once an
 update, and their gradients go through the mixture once an update: the same maths as doing both in every pass. The
-layer is in `methods/vblora/layer.py`, the composition in `methods/vblora/bank.py`, the files in `methods/vblora/files.py`.
+layer is in `layer.py`, the composition in `bank.py`, the files in `files.py`.
 """
 
 from __future__ import annotations

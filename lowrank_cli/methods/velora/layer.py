@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_cli.methods.velora.linear import compress, velora_linear
 from lowrank_cli.ops.precision import wide
-from lowrank_cli.ops.replicas import Replicas
+from lowrank_cli.parallel.replicas import Replicas
 
 FROZEN = ("batch_average_once", "random", "svd")
 

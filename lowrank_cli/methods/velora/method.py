@@ -30,7 +30,7 @@ from lowrank_cli.optim import state_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lowrank_cli.ops.replicas import Alone
+    from lowrank_cli.parallel.replicas import Alone
 
 # the letters of the paper's tables, for LLaMA-like names and for BERT-like ones
 LETTERS = {

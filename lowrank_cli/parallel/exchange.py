@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.ops.precision import wide
-from lowrank_cli.ops.replicas import Replicas, balanced
-from lowrank_cli.ops.shards import layout
 from lowrank_cli.optim.projected import Projected
 from lowrank_cli.optim.space import Space
+from lowrank_cli.parallel.replicas import Replicas, balanced
+from lowrank_cli.parallel.shards import layout
 
 if TYPE_CHECKING:
     from lowrank_cli.optim.gradients import Gradients
@@ -245,8 +245,8 @@ class Sharded(Replicated):
     """Processes that hold rows of the weights: what FSDP2 (`torch.distributed.fsdp.fully_shard`) does not do itself.
 
     FSDP2 gives each rank its own rows of a tensor's summed gradient, after every micro-batch. They are made small as
-    they are (ops/shards.py), per layer as soon as they arrive. What never becomes a full gradient, from a layer that
-    gives it small, is summed and cut in the same way: r / n of the exchange.
+    they are (parallel/shards.py), per layer as soon as they arrive. What never becomes a full gradient, from a layer
+    that gives it small, is summed and cut in the same way: r / n of the exchange.
 
     A basis that is due is found by one rank, which gathers that gradient alone; or from the Gram matrix, to which each
     rank adds that of its rows (the engine `gram`, on the right). Tensors that every rank holds whole, such as

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lowrank_cli.models.forward import chunked_loss, takes_chunked_path
 from lowrank_cli.models.layers import layers_of
-from lowrank_cli.ops.replicas import Replicas
-from lowrank_cli.ops.shards import part_of
+from lowrank_cli.parallel.replicas import Replicas
+from lowrank_cli.parallel.shards import part_of
 
 
 def shard(model: nn.Module, replicas: Replicas, device: torch.device, whole: set[Tensor]) -> dict[str, nn.Parameter]:
@@ -121,7 +121,7 @@ def load_whole(model: nn.Module, tensors: Mapping[str, Tensor], replicas: Replic
     Raises:
         RuntimeError: a tensor is missing, or has another shape.
     """
-    from lowrank_cli.ops.shards import own_rows
+    from lowrank_cli.parallel.shards import own_rows
 
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.ops.precision import wide
-from lowrank_cli.ops.replicas import Replicas, rows_of
+from lowrank_cli.parallel.replicas import Replicas, rows_of
 
 
 class Whole:

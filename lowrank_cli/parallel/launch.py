@@ -1,7 +1,7 @@
 """Several processes that train one model: where this one stands, how they meet, and how they end together.
 
 torchrun starts them, or `lowrank ... --nproc N` does it with torchrun's own launcher. What they then exchange while
-they train is in `ops/replicas.py` and `optim/replicated_gradients.py`. Here is what goes round it, over torch's
+they train is in `parallel/replicas.py` and `optim/replicated_gradients.py`. Here is what goes round it, over torch's
 key-value store: do all have the same settings, who is missing, who failed first and why.
 
 Nothing here imports torch before there is a second process.
@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 from lowrank_cli import console
 from lowrank_cli.errors import FAILED, INTERRUPTED, LowrankError, UsageError
 from lowrank_cli.misfortune import reason
+from lowrank_cli.parallel.place import Place
 from lowrank_cli.run import RunDir
-from lowrank_cli.train.place import Place
 
 if TYPE_CHECKING:
-    from lowrank_cli.ops.replicas import Replicas
+    from lowrank_cli.parallel.replicas import Replicas
 
 # for all processes to start and read their settings; the collectives later wait for --rank-timeout
 JOIN_TIMEOUT_S = 300
@@ -129,7 +129,7 @@ class World:
         import torch
         import torch.distributed as dist
 
-        from lowrank_cli.ops.replicas import Replicas
+        from lowrank_cli.parallel.replicas import Replicas
 
         gpu = device.startswith("cuda")
         if gpu:
@@ -210,7 +210,7 @@ class World:
     @contextmanager
     def explaining(self) -> Iterator[None]:
         """A lost process becomes a LowrankError with the rank, the step and the reason."""
-        from lowrank_cli.ops.replicas import LostRank
+        from lowrank_cli.parallel.replicas import LostRank
 
         try:
             yield
@@ -227,7 +227,7 @@ class World:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Whatever ends the run is said by one process: by rank 0 if it fails as well, else by the one that knows."""
-        from lowrank_cli.ops.replicas import LostRank
+        from lowrank_cli.parallel.replicas import LostRank
 
         try:
             yield

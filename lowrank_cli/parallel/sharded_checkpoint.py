@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lowrank_cli import foreign
 from lowrank_cli.errors import LowrankError, UsageError
-from lowrank_cli.models.sharding import is_cut, load_whole
-from lowrank_cli.ops.replicas import Alone, Replicas, rows_of
-from lowrank_cli.ops.shards import layout, own_rows
+from lowrank_cli.parallel.replicas import Alone, Replicas, rows_of
+from lowrank_cli.parallel.sharding import is_cut, load_whole
+from lowrank_cli.parallel.shards import layout, own_rows
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 METADATA = ".metadata"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from lowrank_cli.data.supervised import SupervisedData
-from lowrank_cli.evaluate.answers import answer
-from lowrank_cli.evaluate.classification import predict
-from lowrank_cli.evaluate.perplexity import perplexity
+from lowrank_cli.measure.answers import answer
+from lowrank_cli.measure.classification import predict
+from lowrank_cli.measure.perplexity import perplexity
 
 
 def evaluate(model: nn.Module, data: SupervisedData, between: Callable[[], None] = lambda: None) -> dict[str, float]:

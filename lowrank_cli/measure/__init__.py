@@ -1,0 +1,1 @@
+"""What a model is measured with, by the training loop, by `compress` and by `eval`."""
