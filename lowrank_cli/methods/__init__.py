@@ -1,5 +1,5 @@
-"""The methods. The folder is the registry: a method is one file here, or a folder with `method.py` if it has layers or a
-space of its own, with one subclass of `Method` in it."""
+"""The methods. The folder is the registry: a method is one file here, or a folder with `method.py` if it has layers of
+its own, with one subclass of `Method` in it."""
 
 from functools import cache
 from importlib import import_module
