@@ -225,6 +225,7 @@ class Projected(Space):
             )
             if old is not None:
                 calm = calm and overlap(bases[side], old) >= CALM_OVERLAP
+        self.optimizer.clock.refreshed = time.monotonic()
         return bases, bool(grad.any()), calm
 
     def empty_bases(self) -> dict[str, Tensor]:
@@ -278,7 +279,6 @@ class Projected(Space):
             left = sum(space.is_due for space in projected)
             console.note(f"refreshing bases ({self.group['refresh']}): {left} of {len(projected)} to go")
             clock.told = now
-        clock.refreshed = now
 
     # ---- loading
 

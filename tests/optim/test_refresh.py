@@ -159,11 +159,11 @@ def test_warm_start_improves_on_a_flat_spectrum():
 
 def test_a_long_series_of_refreshes_says_how_far_it_is(monkeypatch):
     from lowrank_cli import GaLoreAdamW
-    from lowrank_cli.optim import subspaces
+    from lowrank_cli.optim import projected
 
     said = []
-    monkeypatch.setattr(subspaces.console, "note", said.append)
-    monkeypatch.setattr(subspaces, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(projected.console, "note", said.append)
+    monkeypatch.setattr(projected, "TELL_EVERY_S", 0.0)
     weights = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(4)]
     optimizer = GaLoreAdamW([{"params": weights, "rank": 2}], lr=1e-3)
     for weight in weights:
