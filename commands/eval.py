@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_cli import config, console, options
-from lowrank_cli.config import Call, RunConfig
+from lowrank_cli.config import RunConfig
+from lowrank_cli.settings.common import Call
 from lowrank_cli.strict_json import dumps
 
 HELP = """Evaluate a model with lm-eval: mmlu, gsm8k, wikitext, boolq ..., or its perplexity on a text: ppl.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowrank_cli import config, console, options
-from lowrank_cli.config import Call
+from lowrank_cli.settings.common import Call
 from lowrank_cli.strict_json import dumps
 
 HELP = """Write the singular values of every linear of a model, and of its gradients with --gradients.

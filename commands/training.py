@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_cli import config, console
-from lowrank_cli.config import Invocation, RunConfig, to_yaml
+from lowrank_cli.config import RunConfig, to_yaml
 from lowrank_cli.errors import FAILED, INTERRUPTED, Interrupted, LowrankError, MissingError, UsageError
+from lowrank_cli.fields import parse_bytes
 from lowrank_cli.lock import locked
 from lowrank_cli.misfortune import explained, number_of, writing
 from lowrank_cli.parallel import launch as distributed
 from lowrank_cli.parallel.place import Place, settled
 from lowrank_cli.run import RunDir, is_run, versions
+from lowrank_cli.settings.common import Invocation
 from lowrank_cli.strict_json import dumps
 
 # settings that change neither the weights nor their order of updates, so that a resumed run may have others
@@ -74,7 +76,7 @@ def _run(
         from lowrank_cli.train import dry
         from lowrank_cli.train.prepare import fitted
 
-        estimate = dry.run(fitted(resolved), config.parse_bytes(call.memory_budget) if call.memory_budget else None)
+        estimate = dry.run(fitted(resolved), parse_bytes(call.memory_budget) if call.memory_budget else None)
         if call.dry_run:
             if call.json:
                 console.output(dumps(estimate))

@@ -12,39 +12,17 @@ from typing import Any
 
 from lowrank_cli import foreign, methods
 from lowrank_cli.errors import UsageError, unknown
-from lowrank_cli.fields import base_type, coerce, key_of, option, parse_bytes, parse_count
+from lowrank_cli.fields import coerce, key_of
 from lowrank_cli.run import RunDir
 from lowrank_cli.settings import COMMANDS
-from lowrank_cli.settings.common import Call, CommonConfig, Invocation, SourceConfig
+from lowrank_cli.settings.common import CommonConfig, SourceConfig
 from lowrank_cli.settings.compress import CompressConfig, SpectraConfig
 from lowrank_cli.settings.evaluate import HarnessConfig
 from lowrank_cli.settings.finetune import TaskConfig
 from lowrank_cli.settings.training import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
-__all__ = [
-    "Call",
-    "CommonConfig",
-    "CompressConfig",
-    "DataConfig",
-    "EvalConfig",
-    "HarnessConfig",
-    "Invocation",
-    "ModelConfig",
-    "OptimConfig",
-    "RunConfig",
-    "SourceConfig",
-    "SpectraConfig",
-    "TaskConfig",
-    "TrainConfig",
-    "base_type",
-    "coerce",
-    "key_of",
-    "option",
-    "parse_bytes",
-    "parse_count",
-    "resolve",
-]
-
+# settings, each with where it was set
+Values = dict[str, tuple[Any, str]]
 # settings that name a file, a folder or a hub id, by field
 LINKED = ("name", "model_config", "continue_from", "tokenizer")
 
@@ -114,6 +92,35 @@ def resolve(
     Raises:
         UsageError: an unknown key, method or preset, a value out of range, or settings that a method cannot have.
     """
+    spec = COMMANDS[command]
+    merged, own = _merged(_layers(given, preset, config_file), given, method_given)
+    if merged.get("command", (command,))[0] != command:
+        raise UsageError(
+            f"{config_file or preset} is for `lowrank {merged['command'][0]}`, not `lowrank {command}`",
+            f"type: lowrank {merged['command'][0]} --config {config_file}",
+        )
+    method, parts = _methods(command, merged)
+    _check_keys(command, merged, parts)
+    _unlink(command, merged)
+    _fill(command, merged, own, parts, _model(command, merged))
+    unused = {name for name, values in own.items() if values} - {p.name for p in parts}
+    if unused:
+        name = sorted(unused)[0]
+        raise UsageError(f"settings of {name} are given, but the method is {method}", f"add --method {name}")
+
+    sections = {name: build(cls, merged) for name, cls in spec.sections.items()}
+    configs = {p.name: build(p.Config, own.get(p.name, {}), kind=f"setting of {p.name}") for p in parts}
+    run = RunConfig(command=command, method="+".join(p.name for p in parts), methods=configs, **sections)
+    for part in parts:
+        method = part(configs[part.name])
+        method.refuse(run)
+        method.check(run)
+        method.refuse_unused(run, frozenset(k for k, v in method_given.get(part.name, {}).items() if v is not None))
+    return run
+
+
+def _layers(given: dict[str, Any], preset: str | None, config_file: str | None) -> list[tuple[dict[str, Any], str]]:
+    """Return the files' settings, the weakest first, each with its name; those of a method that is replaced go."""
     layers = []
     if preset is not None:
         layers.append((foreign.read_yaml(preset_path(preset)), f"preset {preset}"))
@@ -121,9 +128,6 @@ def resolve(
         if not Path(config_file).expanduser().is_file():
             raise UsageError(f"no file {config_file}", "give --config the path of a YAML file")
         layers.append((foreign.read_yaml(Path(config_file).expanduser()), config_file))
-    spec = COMMANDS[command]
-    known = {"command", "method"} | {key_of(f) for cls in spec.sections.values() for f in offered(command, cls)}
-    merged, method_merged = {}, {}
     typed = given.get("method")
     for layer, where in layers:
         # --preset NAME --method full is the recipe's baseline: the settings of the method that it replaces go
@@ -134,10 +138,20 @@ def resolve(
             # the recipe chose these for its method; who wrote them in a file of their own meant them
             for key in ("lr", "eps"):
                 layer.pop(key, None)
+    return layers
+
+
+def _merged(
+    layers: list[tuple[dict[str, Any], str]], given: dict[str, Any], method_given: dict[str, dict[str, Any]]
+) -> tuple[Values, dict[str, Values]]:
+    """Return plain settings and each method's own, the strongest value of each with where it was set."""
+    merged: Values = {}
+    own: dict[str, Values] = {}
+    plain = {key_of(f) for spec in COMMANDS.values() for cls in spec.sections.values() for f in fields(cls)}
     for layer, where in [*layers, ({k: v for k, v in given.items() if v is not None}, "")]:
         for key, value in layer.items():
-            if isinstance(value, dict) and key not in known:
-                method_merged.setdefault(methods.check_name(key), {}).update(
+            if isinstance(value, dict) and key not in plain:
+                own.setdefault(methods.check_name(key), {}).update(
                     {k: (v, f"{key}.{k} in {where}") for k, v in value.items()}
                 )
             elif key in methods.names():
@@ -149,68 +163,75 @@ def resolve(
             else:
                 merged[key] = (value, f"{key} in {where}" if where else f"--{key.replace('_', '-')}")
     for name, values in method_given.items():
-        method_merged.setdefault(name, {}).update(
+        own.setdefault(name, {}).update(
             {k: (v, f"--{name}-{k.replace('_', '-')}") for k, v in values.items() if v is not None}
         )
+    return merged, own
 
-    if merged.get("command", (command,))[0] != command:
-        raise UsageError(
-            f"{config_file or preset} is for `lowrank {merged['command'][0]}`, not `lowrank {command}`",
-            f"type: lowrank {merged['command'][0]} --config {config_file}",
-        )
+
+def _methods(command: str, merged: Values) -> tuple[str | None, list[type[methods.Method]]]:
+    """Return the method as it was named, and its parts; none for a command that has no methods."""
+    spec = COMMANDS[command]
     method, where = merged.get("method", (spec.method, ""))
     if spec.method is None:
-        parts = []
-    elif not isinstance(method, str):
+        return method, []
+    if not isinstance(method, str):
         raise UsageError(f"{where} is {method!r}", f"methods: {', '.join(methods.names())}")
-    else:
-        parts = methods.compose(method, command)
+    return method, methods.compose(method, command)
+
+
+def _check_keys(command: str, merged: Values, parts: list[type[methods.Method]]) -> None:
+    """Raise UsageError for a setting that the command does not have, and for two that say the same thing."""
+    spec = COMMANDS[command]
+    known = {"command", "method"} | {key_of(f) for cls in spec.sections.values() for f in offered(command, cls)}
     for key, (_, where) in merged.items():
         if key not in known:
             raise unknown("setting", key, known | {p.name for p in parts}, where.partition(" in ")[2])
-
     task, dataset = (merged.get(key, (None, ""))[0] for key in ("task", "dataset"))
     if task not in (None, "text") and dataset not in (None, spec.defaults.get("dataset")):
         raise UsageError(
             f"--task {task} and --dataset {dataset} both say what to train on",
             "keep one of them; a task's files are found through --data-dir",
         )
-    for cls in spec.sections.values():
+
+
+def _unlink(command: str, merged: Values) -> None:
+    """Put the place that a link leads to in its place."""
+    for cls in COMMANDS[command].sections.values():
         for f in offered(command, cls):
             if f.name in LINKED and key_of(f) in merged:
                 value, where = merged[key_of(f)]
                 value = coerce(cls, f, value, where)
                 merged[key_of(f)] = (value if value is None else unlinked(value), where)
+
+
+def _model(command: str, merged: Values) -> Any:
+    """Return the model, which is chosen where nobody names one: the preset of pretrain, else the newest run's."""
     model = merged.get("model", (None, ""))[0]
-    if command == "pretrain" and model is None and not any(k in merged for k in ("model_config", "continue_from")):
-        merged["model"], model = ("llama-9m", "--model"), "llama-9m"
-    if command != "pretrain" and model is None and (newest := newest_run(command)) is not None:
+    if model is not None:
+        return model
+    if command == "pretrain":
+        model = None if any(key in merged for key in ("model_config", "continue_from")) else "llama-9m"
+    elif (newest := newest_run(command)) is not None:
         # by its own name, since runs/latest will point at another run soon
-        merged["model"], model = (str(newest), "--model"), str(newest)
+        model = str(newest)
+    if model is not None:
+        merged["model"] = (model, "--model")
+    return model
+
+
+def _fill(command: str, merged: Values, own: dict[str, Values], parts: list[type[methods.Method]], model: Any) -> None:
+    """Add the defaults of the methods and of the command, which are weaker than what anybody has said."""
     for part in parts:
         for key, value in part.defaults_for(command).items():
             merged.setdefault(key, (value, f"default of {part.name}"))
         for key, value in part.presets.get(model, {}).items():
-            method_merged.setdefault(part.name, {}).setdefault(key, (value, f"{part.name}'s default for {model}"))
+            own.setdefault(part.name, {}).setdefault(key, (value, f"{part.name}'s default for {model}"))
     if merged.get("per_layer", (False,))[0] is True:
         # a norm of all gradients is known when all are there, which is what --per-layer is against
         merged.setdefault("grad_clipping", (0.0, "default of --per-layer"))
-    for key, value in spec.defaults.items():
+    for key, value in COMMANDS[command].defaults.items():
         merged.setdefault(key, (value, f"default of {command}"))
-    unused = {name for name, values in method_merged.items() if values} - {p.name for p in parts}
-    if unused:
-        name = sorted(unused)[0]
-        raise UsageError(f"settings of {name} are given, but the method is {method}", f"add --method {name}")
-
-    sections = {name: build(cls, merged) for name, cls in spec.sections.items()}
-    configs = {p.name: build(p.Config, method_merged.get(p.name, {}), kind=f"setting of {p.name}") for p in parts}
-    run = RunConfig(command=command, method="+".join(p.name for p in parts), methods=configs, **sections)
-    for part in parts:
-        method = part(configs[part.name])
-        method.refuse(run)
-        method.check(run)
-        method.refuse_unused(run, frozenset(k for k, v in method_given.get(part.name, {}).items() if v is not None))
-    return run
 
 
 def unlinked(path: str) -> str:

@@ -218,7 +218,7 @@ def parameter(
     short: str = "",
     negatable: bool = True,
 ) -> inspect.Parameter:
-    """One parameter of a command's function; every value is parsed by config.coerce, so that YAML and flags agree."""
+    """One parameter of a command's function; every value is parsed by fields.coerce, so that YAML and flags agree."""
     flag = "--" + flag.replace("_", "-")
     if kind is bool:
         decls, annotation = [f"{flag}/--no-{flag[2:]}" if negatable else flag], bool | None

@@ -18,11 +18,12 @@ from lowrank_cli.compress.decomposition import Targets, already_compressed, find
 from lowrank_cli.compress.files import read_spectra
 from lowrank_cli.compress.svd_dump import Reader, values_of
 from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length, windows
-from lowrank_cli.config import DataConfig, RunConfig
+from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD
 from lowrank_cli.models.source import Source, locate
+from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.svd.rank_selection import Spectra
 
 if TYPE_CHECKING:

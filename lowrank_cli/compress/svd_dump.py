@@ -25,7 +25,7 @@ from lowrank_cli.compress import files
 from lowrank_cli.compress.decomposition import find_targets
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length, windows
-from lowrank_cli.config import DataConfig, RunConfig
+from lowrank_cli.config import RunConfig
 from lowrank_cli.data.cache import cached_folder
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models import load as models
@@ -34,6 +34,7 @@ from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import Source, locate
 from lowrank_cli.ops.finite import refuse_non_finite
 from lowrank_cli.run import RunDir, write_json
+from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.svd.spectrum import effective_rank, singular_values
 
 # changes when the same weight would give other values

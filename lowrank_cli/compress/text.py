@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_cli.config import DataConfig, TaskConfig, build
+from lowrank_cli.config import build
 from lowrank_cli.data import tasks
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.data.rows import Encoder, RowReader
@@ -21,6 +21,8 @@ from lowrank_cli.foreign import read_yaml
 from lowrank_cli.models import load as models
 from lowrank_cli.models.architecture import check_length, positions
 from lowrank_cli.models.source import Source
+from lowrank_cli.settings.finetune import TaskConfig
+from lowrank_cli.settings.training import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -12,9 +12,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.cache import cached_folder, fingerprint
 from lowrank_cli.data.documents import open_source
+from lowrank_cli.settings.training import DataConfig
 
 VERSION = 1  # of the records; another one is another cache folder
 # programs and tables rather than a library that anybody asks about

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_cli import console
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.folders import files_below
 from lowrank_cli.data.records import ENDINGS, ending, read_documents
 from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.settings.training import DataConfig
 
 HELD_OUT_EVERY = 20  # documents; the second of every 20 is validation where a dataset has no such part
 FORMS = "--dataset takes stdlib, a .txt .json .jsonl .csv or .parquet file (.gz .bz2 .xz too), a folder, or a hub id"

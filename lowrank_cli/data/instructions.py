@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_cli import console
-from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import docstrings
 from lowrank_cli.data.conversations import Record, Turn, read_conversation, text_in, with_context
 from lowrank_cli.data.documents import is_hub_id, open_source
 from lowrank_cli.data.records import kind_of, read_records
 from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.settings.finetune import TaskConfig
+from lowrank_cli.settings.training import DataConfig
 
 FORMS = "--dataset takes docstrings, a .json .jsonl .csv or .parquet file, a folder of them, or a hub id"
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")

@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import downstream, glue, instructions, tasks, templates
 from lowrank_cli.data.conversations import Record
 from lowrank_cli.data.examples import NO_TARGET, Encoded, Row, chunks, encode_labelled, encode_texts
@@ -27,6 +26,8 @@ from lowrank_cli.data.templates import Template, Text
 from lowrank_cli.data.tokens import Batch, TrainStream, check_total
 from lowrank_cli.errors import UsageError
 from lowrank_cli.measure.classification import score
+from lowrank_cli.settings.finetune import TaskConfig
+from lowrank_cli.settings.training import DataConfig
 
 MULTIPLE = 8  # of the padded length: matrix units take whole tiles
 GROUP = 2048  # rows of the shuffled order that are sorted by length together ...

@@ -7,11 +7,11 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_cli import foreign
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.cache import cached_folder, fingerprint
 from lowrank_cli.data.documents import Source
 from lowrank_cli.data.sentencepiece_model import read_sentencepiece
 from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.settings.training import DataConfig
 
 TRAINING_CHARACTERS = 32_000_000  # a tokenizer is trained on at most this much of the text
 FORMS = "--tokenizer takes a folder or file with a tokenizer, or a hub id"

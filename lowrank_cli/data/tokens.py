@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.corpus import tokenized
 from lowrank_cli.data.documents import Source, open_source
 from lowrank_cli.data.rows import Encoder, Row, RowReader
 from lowrank_cli.data.streams import EpochRows, Origin, PoolRows
 from lowrank_cli.data.tokenizer import load_tokenizer
 from lowrank_cli.errors import UsageError
+from lowrank_cli.settings.training import DataConfig
 
 NO_TARGET = -100
 Batch = dict[str, Tensor]  # input_ids, labels: (B, T) int64; attention_mask: (B, T) int64, only when padded

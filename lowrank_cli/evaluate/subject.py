@@ -13,13 +13,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli import console, foreign
-from lowrank_cli.config import SourceConfig, parse_bytes
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import LowrankError, MissingError, PreflightError, UsageError
 from lowrank_cli.evaluate.scoring import free_bytes
+from lowrank_cli.fields import parse_bytes
 from lowrank_cli.models import load
 from lowrank_cli.models.source import Source, locate
 from lowrank_cli.run import RUNS
+from lowrank_cli.settings.common import SourceConfig
 
 # the names that PEFT gives weights
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")

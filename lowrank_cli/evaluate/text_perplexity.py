@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_cli import console
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.cache import cache_dir, fingerprint
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.errors import LowrankError, MissingError, PreflightError, UsageError
@@ -38,6 +37,7 @@ from lowrank_cli.measure.perplexity import Perplexity, perplexity
 from lowrank_cli.models.forward import takes_chunked_path
 from lowrank_cli.run import write_json
 from lowrank_cli.settings.evaluate import HarnessConfig
+from lowrank_cli.settings.training import DataConfig
 
 WIKITEXT2 = "wikitext2"
 C4 = "c4"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lowrank_cli.data.supervised import SupervisedData
 from lowrank_cli.measure.answers import answer
 from lowrank_cli.measure.classification import predict
 from lowrank_cli.measure.perplexity import perplexity
+
+if TYPE_CHECKING:
+    from lowrank_cli.data.supervised import SupervisedData
 
 
 def evaluate(model: nn.Module, data: SupervisedData, between: Callable[[], None] = lambda: None) -> dict[str, float]:

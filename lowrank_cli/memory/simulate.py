@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli import optim
-from lowrank_cli.config import OptimConfig
 from lowrank_cli.memory.stand_ins import RealKernels, fused_adamw_
 from lowrank_cli.memory.tracker import (
     ACTIVATIONS,
@@ -29,6 +28,7 @@ from lowrank_cli.models.layers import layers_of
 from lowrank_cli.optim.gradients import Gradients
 from lowrank_cli.optim.projected import Projected
 from lowrank_cli.optim.space import collected
+from lowrank_cli.settings.training import OptimConfig
 
 Batch = dict[str, Tensor]
 

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lowrank_cli import console
-from lowrank_cli.config import option
 from lowrank_cli.errors import UsageError
+from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Memory, Method
 from lowrank_cli.optim import state_bytes
 

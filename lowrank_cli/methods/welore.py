@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowrank_cli.config import option
 from lowrank_cli.errors import UsageError
+from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Method
 
 if TYPE_CHECKING:

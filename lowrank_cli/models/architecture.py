@@ -9,9 +9,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 
 from lowrank_cli import foreign
-from lowrank_cli.config import ModelConfig
 from lowrank_cli.errors import MissingError, UsageError, unknown
 from lowrank_cli.models import presets
+from lowrank_cli.settings.training import ModelConfig
 
 # written by the program that saved the file; ours are set by the tokenizer, the flags or the installed Transformers
 _NOT_ARCHITECTURE = {

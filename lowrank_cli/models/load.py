@@ -25,7 +25,6 @@ from transformers import (
 from transformers.utils import logging
 
 from lowrank_cli import foreign
-from lowrank_cli.config import ModelConfig, SourceConfig
 from lowrank_cli.errors import LowrankError, MissingError, UsageError, unknown
 from lowrank_cli.misfortune import explained
 from lowrank_cli.models import quantized
@@ -34,6 +33,8 @@ from lowrank_cli.models.source import Source, locate, tokenizer_of
 from lowrank_cli.models.tying import apart
 from lowrank_cli.ops.finite import refuse_non_finite
 from lowrank_cli.run import is_language_model
+from lowrank_cli.settings.common import SourceConfig
+from lowrank_cli.settings.training import ModelConfig
 
 __all__ = [
     "Head",

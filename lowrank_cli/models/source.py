@@ -11,9 +11,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lowrank_cli import foreign
-from lowrank_cli.config import ModelConfig
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.models import presets
+from lowrank_cli.settings.training import ModelConfig
 
 LATEST_RUN = Path("runs/latest")
 ADAPTER = "adapter_config.json"

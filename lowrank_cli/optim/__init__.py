@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from lowrank_cli.config import OptimConfig
+    from lowrank_cli.settings.training import OptimConfig
 
 
 def base_groups(model: nn.Module, config: OptimConfig) -> list[dict]:

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.optim.exchange import Exchange
 from lowrank_cli.optim.optimizer import LowRankOptimizer
 from lowrank_cli.optim.space import Space, collected
-from lowrank_cli.parallel.exchange import Exchange
 
 
 class Gradients:
@@ -31,7 +31,7 @@ class Gradients:
         per_layer: step within backward.
         clipping: largest norm, 0 for none. A norm is over what is collected, small gradients where there are no
             others; per layer, clipping makes the step wait for the last tensor.
-        exchange: with other processes (parallel/exchange.py).
+        exchange: with other processes (optim/exchange.py).
     Raises:
         ValueError: a model in DistributedDataParallel, whose sums do not see small gradients or early steps; or an
             optimizer that cannot step one tensor.

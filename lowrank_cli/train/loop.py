@@ -19,8 +19,8 @@ from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig, to_yaml
 from lowrank_cli.errors import Interrupted, LowrankError, UsageError
 from lowrank_cli.optim import schedule
+from lowrank_cli.optim.exchange import Exchange, Replicated, Sharded
 from lowrank_cli.optim.gradients import Gradients
-from lowrank_cli.parallel.exchange import Exchange, Replicated, Sharded
 from lowrank_cli.parallel.replicas import Alone
 from lowrank_cli.parallel.sharding import reshard, reunite
 from lowrank_cli.parallel.shards import full_numel
@@ -138,7 +138,63 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
         LostRank: another process does not answer.
     """
     config, session.run, replicas = session.config, run, session.replicas
-    if replicas.is_main:
+    begin(session, resume)
+    progress, steps = session.progress, session.plan
+    factor = schedule.build(
+        config.optim.scheduler,
+        warmup_steps=steps.warmup_steps,
+        total_steps=steps.steps,
+        min_lr_ratio=config.optim.min_lr_ratio,
+        num_cycles=config.optim.num_cycles,
+    )
+    drawing = plots.Drawing(run) if config.train.plots and replicas.is_main else None
+    gradients = gradients_of(session)
+    session.mark()
+    reporter = (Reporter if replicas.is_main else Follower)(
+        run,
+        config,
+        total=steps.steps,
+        progress=progress,
+        device=session.device,
+        causal=session.objective.causal,
+        resumed=resume is not None,
+    )
+    with Stop(replicas) as stop, reporter as report:
+        if steps.evaluates(progress.step) and progress.evaluated != progress.step:
+            # the first one, or one that a signal has cut off
+            evaluate(session, report, stop)
+        for step in range(progress.step + 1, steps.steps + 1):
+            stop.check_all(session)
+            reporting = step % config.train.log_every == 0 or step in (1, steps.steps)
+            numbers = update(
+                session, gradients, stop, step, factor=factor(step), measuring=reporting or steps.saves(step)
+            )
+            report.advance()
+            if reporting:
+                report.training(**numbers)
+            with report.paused():
+                if steps.evaluates(step):
+                    evaluate(session, report, stop)
+                enough = out_of_patience(session)
+                if steps.saves(step) or enough:
+                    session.save()
+                if drawing and steps.saves(step) and step < steps.steps:
+                    drawing.start()
+            if enough:
+                console.note(f"no better evaluation for {progress.worse} times: stopped after step {step}")
+                break
+        gradients.close()
+        if drawing:
+            drawing.finish()
+        if replicas.sharded:
+            reunite(session.model, replicas)
+        return finish.finish(session) if replicas.is_main else {}
+
+
+def begin(session: Session, resume: Path | None) -> None:
+    """Write down what is trained, and go on from a checkpoint if there is one."""
+    run = session.run
+    if session.replicas.is_main:
         write_json(run.path / "targets.json", session.targets)
     run.update(
         parameters=sum(p.numel() for p in session.model.parameters()),
@@ -151,88 +207,65 @@ def fit(session: Session, run: RunDir, *, resume: Path | None = None) -> dict[st
     if resume is not None:
         session.load(resume)
         console.note(f"resumed from {resume}, at step {session.progress.step} of {session.plan.steps}")
-    progress, steps = session.progress, session.plan
-    factor = schedule.build(
-        config.optim.scheduler,
-        warmup_steps=steps.warmup_steps,
-        total_steps=steps.steps,
-        min_lr_ratio=config.optim.min_lr_ratio,
-        num_cycles=config.optim.num_cycles,
-    )
-    drawing = plots.Drawing(run) if config.train.plots and replicas.is_main else None
-    alone = replicas.world_size == 1
-    exchange = Exchange() if alone else Sharded(replicas) if replicas.sharded else Replicated(replicas)
-    if not alone:
+
+
+def gradients_of(session: Session) -> Gradients:
+    """Return what collects the gradients of a run, on one process or on several."""
+    config, replicas = session.config.optim, session.replicas
+    exchange = Exchange()
+    if replicas.world_size > 1:
+        exchange = Sharded(replicas) if replicas.sharded else Replicated(replicas)
         for part in session.parts:
             part.distribute(session.model, replicas)
-    gradients = Gradients(
+    return Gradients(
         session.model,
         session.optimizer,
-        per_layer=config.optim.per_layer,
-        clipping=config.optim.grad_clipping,
+        per_layer=config.per_layer,
+        clipping=config.grad_clipping,
         exchange=exchange,
     )
+
+
+def update(
+    session: Session, gradients: Gradients, stop: Stop, step: int, *, factor: float, measuring: bool
+) -> dict[str, float | None]:
+    """Make one update.
+
+    Args:
+        session: whose progress moves on.
+        gradients: of the run.
+        stop: asked between micro-batches.
+        step: its number, from 1.
+        factor: of the peak learning rate.
+        measuring: whether the norm is wanted.
+    Returns:
+        loss, lr, grad_norm and what the methods report.
+    Raises:
+        LowrankError: a number is not finite, or nothing would train.
+    """
+    progress, replicas, optimizer = session.progress, session.replicas, session.optimizer
+    replicas.begin(step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    first = audit.Snapshot(optimizer) if step == 1 else None
+    gradients.begin(measuring=measuring)
+    try:
+        loss, tokens = backward(session, gradients, stop)
+        for part in session.parts:
+            part.before_step(session.model)
+        gradients.reduce()
+        grad_norm = clip(session, gradients)
+        gradients.step()
+    except FloatingPointError as error:
+        raise not_finite(session, str(error)) from None
+    if first is not None:
+        first.check(optimizer, gradients.zeros)
+    extra = {k: v for part in session.parts for k, v in part.after_step(session.model, step).items()}
+    if replicas.world_size > 1:
+        extra["sent_bytes"] = replicas.sent_bytes
+    progress.step, progress.tokens = step, progress.tokens + tokens
     session.mark()
-    reporter = (Reporter if replicas.is_main else Follower)(
-        run,
-        config,
-        total=steps.steps,
-        progress=progress,
-        device=session.device,
-        causal=session.objective.causal,
-        resumed=resume is not None,
-    )
-    with Stop(replicas) as stop, reporter as report:
-        due = progress.step % steps.eval_every == 0 or progress.step == steps.steps
-        if due and progress.evaluated != progress.step:
-            # the first one, or one that a signal has cut off
-            evaluate(session, report, stop)
-        for step in range(progress.step + 1, steps.steps + 1):
-            stop.check_all(session)
-            replicas.begin(step)
-            for group in session.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor(step)
-            reporting = step % config.train.log_every == 0 or step in (1, steps.steps)
-            evaluating = step % steps.eval_every == 0 or step == steps.steps
-            saving = step % steps.save_every == 0 or step == steps.steps
-            first = audit.Snapshot(session.optimizer) if step == 1 else None
-            gradients.begin(measuring=reporting or saving)
-            try:
-                loss, tokens = backward(session, gradients, stop)
-                for part in session.parts:
-                    part.before_step(session.model)
-                gradients.reduce()
-                grad_norm = clip(session, gradients)
-                gradients.step()
-            except FloatingPointError as error:
-                raise not_finite(session, str(error)) from None
-            if first is not None:
-                first.check(session.optimizer, gradients.zeros)
-            extra = {k: v for part in session.parts for k, v in part.after_step(session.model, step).items()}
-            progress.step, progress.tokens = step, progress.tokens + tokens
-            session.mark()
-            report.advance()
-            if reporting:
-                if replicas.world_size > 1:
-                    extra["sent_bytes"] = replicas.sent_bytes
-                report.training(loss=loss, lr=session.optimizer.param_groups[0]["lr"], grad_norm=grad_norm, **extra)
-            with report.paused():
-                if evaluating:
-                    evaluate(session, report, stop)
-                enough = out_of_patience(session)
-                if saving or enough:
-                    session.save()
-                if drawing and saving and step < steps.steps:
-                    drawing.start()
-            if enough:
-                console.note(f"no better evaluation for {progress.worse} times: stopped after step {step}")
-                break
-        gradients.close()
-        if drawing:
-            drawing.finish()
-        if replicas.sharded:
-            reunite(session.model, replicas)
-        return finish.finish(session) if replicas.is_main else {}
+    return {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, **extra}
 
 
 def backward(session: Session, gradients: Gradients, stop: Stop) -> tuple[float, int]:

@@ -25,6 +25,14 @@ class Plan:
     save_every: int
     tokens_per_update: int
 
+    def evaluates(self, step: int) -> bool:
+        """Say whether there is an evaluation after so many updates."""
+        return step % self.eval_every == 0 or step == self.steps
+
+    def saves(self, step: int) -> bool:
+        """Say whether there is a checkpoint after so many updates."""
+        return step % self.save_every == 0 or step == self.steps
+
 
 def total_batch_size(config: RunConfig) -> int:
     """Sequences in one update over all devices."""

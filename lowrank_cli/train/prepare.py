@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank_cli import console, data, optim
-from lowrank_cli.config import DataConfig, RunConfig
+from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.source import locate
@@ -19,6 +19,7 @@ from lowrank_cli.parallel import sharding
 from lowrank_cli.parallel.launch import World
 from lowrank_cli.parallel.replicas import Alone, Replicas
 from lowrank_cli.settings import COMMANDS
+from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.train import audit, checkpoint, plan
 from lowrank_cli.train.loop import Session
 from lowrank_cli.train.metrics import check_sinks

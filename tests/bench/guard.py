@@ -12,10 +12,10 @@ import torch
 from comparison import Bar, Comparison, Settings, answer, console
 
 from lowrank_cli import GaLoreAdamW
-from lowrank_cli.config import ModelConfig
 from lowrank_cli.models import load as models
 from lowrank_cli.models.forward import causal_lm_loss
 from lowrank_cli.parallel.replicas import Alone
+from lowrank_cli.settings.training import ModelConfig
 from lowrank_cli.train.audit import first_broken
 
 UPDATES, CHEAP = 100, Bar(1.01, at_most=True)

@@ -11,6 +11,7 @@ import yaml
 
 from lowrank_cli import config, foreign, methods
 from lowrank_cli.errors import UsageError
+from lowrank_cli.fields import base_type, key_of
 from lowrank_cli.settings import COMMANDS
 
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "peft", "matplotlib", "bitsandbytes", "numpy")
@@ -66,14 +67,14 @@ def test_help_shows_every_flag_whole_at_80_columns(command, name, lowrank, monke
     words = set(lowrank(f"{command} --method {name} --help" if name else f"{command} --help")[1].split())
     spec = COMMANDS[command]
     plain = [(cls, f, "") for cls in spec.sections.values() for f in config.offered(command, cls)]
-    plain = [(cls, f, "") for cls, f, _ in plain if config.key_of(f) != spec.argument]
+    plain = [(cls, f, "") for cls, f, _ in plain if key_of(f) != spec.argument]
     plain += [(spec.call, f, "") for f in fields(spec.call)]
     own = [(methods.get(name).Config, f, f"{name}-") for f in fields(methods.get(name).Config)] if name else []
     for cls, f, prefix in plain + own:
-        flag = f"{prefix}{config.key_of(f).replace('_', '-')}"
+        flag = f"{prefix}{key_of(f).replace('_', '-')}"
         assert f"--{flag}" in words
         # the other form is said where it is the one that changes something
-        if config.base_type(cls, f) is bool:
+        if base_type(cls, f) is bool:
             assert (f"--no-{flag}" in words) == (f.default is not False)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_cli.config import HarnessConfig, key_of
+from lowrank_cli.fields import key_of
+from lowrank_cli.settings.evaluate import HarnessConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.cache import cached_folder
 from lowrank_cli.data.corpus import tokenized
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.data.rows import Encoder
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import LowrankError
+from lowrank_cli.settings.training import DataConfig
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,12 @@ import json
 import pytest
 from pyarrow import Table, parquet
 
-from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import instructions, supervised
 from lowrank_cli.data.conversations import Turn, read_conversation
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import UsageError
+from lowrank_cli.settings.finetune import TaskConfig
+from lowrank_cli.settings.training import DataConfig
 
 ASK, SAY = {"role": "user", "content": "What time is it?"}, {"role": "assistant", "content": "Noon."}
 CALL = {"type": "function", "id": "1", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}

@@ -9,10 +9,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.data.records import pieces
 from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.settings.training import DataConfig
 
 
 def parts(dataset, **settings):

@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.errors import MissingError
+from lowrank_cli.settings.training import DataConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -100,7 +100,7 @@ def shard(start: int, end: int) -> bytes:
 
 CHECK = """
 import json, torch
-from lowrank_cli.config import DataConfig
+from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.data.tokens import build
 from lowrank_cli.errors import LowrankError
@@ -206,7 +206,7 @@ def test_no_network_is_one_line(tmp_path):
 import time
 # huggingface_hub waits 23 seconds between its tries
 time.sleep = lambda _: None
-from lowrank_cli.config import DataConfig
+from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.errors import MissingError
 try:

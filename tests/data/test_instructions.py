@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import docstrings, hub, instructions
 from lowrank_cli.data.documents import FileSource
 from lowrank_cli.data.instructions import Record, Turn, form_of, hold_out
 from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.settings.finetune import TaskConfig
+from lowrank_cli.settings.training import DataConfig
 
 ALPACA = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
 CHAT = [

@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_cli.config import DataConfig, TaskConfig
 from lowrank_cli.data import supervised
 from lowrank_cli.data.conversations import Record, Turn
 from lowrank_cli.data.examples import NO_TARGET, encode_texts
@@ -16,6 +15,8 @@ from lowrank_cli.data.templates import Segment, Text
 from lowrank_cli.data.templates import load as load_template
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.settings.finetune import TaskConfig
+from lowrank_cli.settings.training import DataConfig
 
 SHARED = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENIZERS = ["gpt2", "llama", "t5-base", "roberta-base"]

@@ -344,7 +344,7 @@ def test_a_broken_downstream_file_is_named(content, words, write, tmp_path):
 def test_every_task_of_the_settings_exists():
     from dataclasses import fields
 
-    from lowrank_cli.config import TaskConfig
+    from lowrank_cli.settings.finetune import TaskConfig
 
     (field,) = [f for f in fields(TaskConfig) if f.name == "task"]
     for name in tasks.names():

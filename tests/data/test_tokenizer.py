@@ -5,10 +5,10 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.data.tokenizer import adds_bos, load_tokenizer
 from lowrank_cli.errors import MissingError, UsageError
+from lowrank_cli.settings.training import DataConfig
 
 
 def load(name, **settings):

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank_cli.config import DataConfig
 from lowrank_cli.data import streams, tokens
 from lowrank_cli.data.documents import open_source
 from lowrank_cli.errors import UsageError
+from lowrank_cli.settings.training import DataConfig
 
 FORMS = [(packing, streaming) for packing in ("packed", "padded") for streaming in (False, True)]
 SHARED = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -279,7 +279,7 @@ print((cached_folder("kind", "key", make) / "by").read_text())
 def test_two_processes_build_the_cache_at_once(config, tmp_path):
     code = """
 import json, sys
-from lowrank_cli.config import DataConfig
+from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.data.tokens import build
 input()
 data = build(DataConfig(**json.loads(sys.argv[1])), batch_size=2, total_batch_size=4, eval_tokens=100, seed=0,

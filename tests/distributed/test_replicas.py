@@ -97,7 +97,7 @@ from lowrank_cli import main
 def run(argv):
     from lowrank_cli import GaLoreAdamW
     from lowrank_cli.parallel.replicas import Replicas
-    from lowrank_cli.parallel.exchange import Replicated
+    from lowrank_cli.optim.exchange import Replicated
     from lowrank_cli.optim.gradients import Gradients
     dist.init_process_group("gloo")
     for per_layer in (False, True):

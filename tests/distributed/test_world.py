@@ -202,7 +202,7 @@ if rank == 1:
 def test_a_gradient_that_breaks_on_one_rank_ends_both(mode, ranks, flags):
     # the second update refreshes; the sum over the ranks is not finite, and the one that decomposes it finds out
     broken = """
-from lowrank_cli.parallel import exchange as module
+from lowrank_cli.optim import exchange as module
 original = module.Replicated._refresh_together
 def refresh(self, due):
     if rank == 1 and self.replicas.update == 8 and due:

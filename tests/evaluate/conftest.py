@@ -9,8 +9,8 @@ import pytest
 @pytest.fixture(scope="session")
 def subject(stories):
     """Return the model that has learned made stories, loaded."""
-    from lowrank_cli.config import SourceConfig
     from lowrank_cli.evaluate.subject import open_subject
+    from lowrank_cli.settings.common import SourceConfig
 
     return open_subject(SourceConfig(name=str(stories)), device="cpu", offline=True)
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_cli.config import HarnessConfig, SourceConfig
 from lowrank_cli.errors import LowrankError, PreflightError, UsageError
 from lowrank_cli.evaluate import harness, local_tasks, tasks
 from lowrank_cli.evaluate.report import rows_of, table
 from lowrank_cli.evaluate.silence import quiet
 from lowrank_cli.evaluate.subject import open_subject
+from lowrank_cli.settings.common import SourceConfig
+from lowrank_cli.settings.evaluate import HarnessConfig
 
 
 @pytest.fixture(autouse=True)

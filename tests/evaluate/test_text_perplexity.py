@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_cli.config import HarnessConfig, SourceConfig
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.evaluate import text_perplexity
 from lowrank_cli.evaluate.subject import open_subject
 from lowrank_cli.evaluate.text_perplexity import Text, evaluate, read_text, windows
+from lowrank_cli.settings.common import SourceConfig
+from lowrank_cli.settings.evaluate import HarnessConfig
 
 
 @given(st.integers(2, 60), st.integers(2, 20), st.integers(1, 19))

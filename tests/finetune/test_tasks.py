@@ -12,10 +12,11 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification
 
-from lowrank_cli.config import ModelConfig, resolve
+from lowrank_cli.config import resolve
 from lowrank_cli.data import supervised
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.models import load
+from lowrank_cli.settings.training import ModelConfig
 
 
 @pytest.fixture

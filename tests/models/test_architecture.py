@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lowrank_cli.config import ModelConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.load import build_config, load, meta
+from lowrank_cli.settings.training import ModelConfig
 
 TOKENS = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GALORE = {

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-from lowrank_cli.config import ModelConfig
 from lowrank_cli.errors import LowrankError, MissingError, UsageError
 from lowrank_cli.models import load as loading
 from lowrank_cli.models.load import (
@@ -19,6 +18,7 @@ from lowrank_cli.models.load import (
     meta,
     tokenizer_of,
 )
+from lowrank_cli.settings.training import ModelConfig
 
 TOKENS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from lowrank_cli.config import ModelConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import presets
 from lowrank_cli.models.architecture import build_config
 from lowrank_cli.models.load import meta
+from lowrank_cli.settings.training import ModelConfig
 
 # 2 V h (embedding and head) + layers (4 h^2 + 3 h f + 2 h) + h, with V = 32,000, by hand
 PARAMETERS = {

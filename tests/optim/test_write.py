@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from lowrank_cli.config import OptimConfig
 from lowrank_cli.methods.gradnormlorp.space import Normalised
 from lowrank_cli.methods.velora.space import Factored
 from lowrank_cli.optim import build
 from lowrank_cli.optim.write import stochastic_round
+from lowrank_cli.settings.training import OptimConfig
 
 pytestmark = pytest.mark.numerical
 

@@ -81,7 +81,8 @@ ODD_LINES = [
 def entries(made: Materials) -> Iterator[Entry]:
     """Yield an entry for every option of every command and method, then the others."""
     from lowrank_cli import methods, settings
-    from lowrank_cli.config import base_type, key_of, offered
+    from lowrank_cli.config import offered
+    from lowrank_cli.fields import base_type, key_of
 
     draw, single = random.Random(0), []
     for command, spec in settings.COMMANDS.items():

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
-from lowrank_cli.config import option
 from lowrank_cli.errors import UsageError
+from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Memory, Method
 from lowrank_cli.optim import state_bytes
 

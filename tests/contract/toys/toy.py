@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowrank_cli.config import option
+from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Method
 
 if TYPE_CHECKING:
