@@ -122,12 +122,12 @@ def outline(config: RunConfig) -> Outline:
         if weighting == "none" and settings.weighting is None and not settings.paper:
             console.warn(
                 f"the text that {source.name} was trained on is not known: errors are not weighted, which loses much "
-                "more; --welore-calibrate FILE weights them by a text, --dataset FILE measures on one"
+                f"more; {part.flag('calibrate')} FILE weights them by a text, --dataset FILE measures on one"
             )
     if config.compress.spectra is not None and not part.reads_own_values:
         raise UsageError(
             f"--spectra gives the weights' own singular values, and the rule {part.allocation} does not read them",
-            "drop it, or add --welore-allocation welore",
+            f"drop it, or add {part.flag('allocation')} {part.name}",
         )
     reading = calibrating is not None or config.compress.eval_tokens > 0
     length = window_length(architecture, config.compress.max_length if reading else None, own)
@@ -193,7 +193,8 @@ def weighting_of(part: methods.Method, own: DataConfig | None) -> tuple[str, Dat
         return weighting, None
     if text is None:
         raise UsageError(
-            f"--welore-weighting {weighting} needs text", "add --welore-calibrate stdlib, or a file of your own"
+            f"{part.flag('weighting')} {weighting} needs text",
+            f"add {part.flag('calibrate')} stdlib, or a file of your own",
         )
     return weighting, text
 
@@ -210,7 +211,7 @@ def find_texts(job: Job, about: Outline) -> None:
             console.warn(f"{settings.calibrate} both calibrates and measures: the perplexity after will flatter")
         job.calibration = windows(
             calibrating, "train", job.tokenizer, length=about.length, count=settings.samples, offline=offline,
-            flag="--welore-calibrate", whole=settings.calibrate is not None,
+            flag=job.part.flag("calibrate"), whole=settings.calibrate is not None,
         )  # fmt: skip
         check_enough(job, calibrating.dataset)
     measuring = DataConfig(dataset=config.compress.dataset) if config.compress.dataset else about.own or DataConfig()
@@ -232,7 +233,7 @@ def check_budget(part: methods.Method, shapes: dict[str, tuple[int, int]]) -> No
     least = Spectra({}, shapes, pifa=part.config.pifa).least_share()
     if part.config.rank is None and part.budget < least:
         raise UsageError(
-            f"--welore-param-budget {part.budget:g} is less than every linear at rank 1 takes, {least:.4f}",
+            f"{part.flag('param_budget')} {part.budget:g} is less than every linear at rank 1 takes, {least:.4f}",
             f"take at least {math.ceil(1000 * least) / 1000:g}",
         )
 
@@ -251,7 +252,9 @@ def check_enough(job: Job, name: str) -> None:
     few = f"{name} is too short to calibrate linears of {widest:,} inputs: {tokens:,} tokens in whole windows"
     if tokens < widest and (settings.calibrate is not None or settings.weighting is not None):
         raise UsageError(
-            few, "give --welore-calibrate a longer text, raise --welore-samples, or take --welore-weighting none"
+            few,
+            f"give {job.part.flag('calibrate')} a longer text, raise {job.part.flag('samples')}, or take "
+            f"{job.part.flag('weighting')} none",
         )
     if tokens < widest:
         console.warn(f"{few}; the error is not weighted")
@@ -271,7 +274,7 @@ def loaded_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 def refuse_unused(config: RunConfig, part: methods.Method) -> None:
     """Raises UsageError for settings of a compression that `--format dense` of a compressed model would not heed."""
     given = [
-        f"--welore-{f.name.replace('_', '-')}"
+        part.flag(f.name)
         for f in dataclasses.fields(part.config)
         if getattr(part.config, f.name) != getattr(type(part.config)(), f.name)
     ]

@@ -66,14 +66,19 @@ def check(part: Method, spectra: Spectra, ranks: Ranks) -> None:
         raise UsageError(
             f"no ranks of the rule {part.allocation} keep only {100 * goal:g} % of the parameters: "
             f"they come to {100 * reached:.1f} %",
-            "take a larger budget" + (", or a lower --welore-min-ratio" if part.reads_own_values else ""),
+            "take a larger budget" + (f", or a lower {part.flag('min_ratio')}" if part.reads_own_values else ""),
         )
     asked = goal < 1 if budget else goal > 0
     if asked and all(rank is None for rank in ranks.values()):
         raise UsageError(
             f"at {part.target} the rule {part.allocation} leaves every linear dense",
-            "cut more: a square linear is smaller only below half of its rank, with --welore-pifa below all of it"
-            + (", and none is factored that loses less than --welore-min-ratio" if part.reads_own_values else ""),
+            "cut more: a square linear is smaller only below half of its rank, with "
+            f"{part.flag('pifa')} below all of it"
+            + (
+                f", and none is factored that loses less than {part.flag('min_ratio')}"
+                if part.reads_own_values
+                else ""
+            ),
         )
     if not budget and abs(reached - goal) > MISSED:
         console.warn(f"{100 * reached:.1f} % instead of {part.target}: the rule {part.allocation} comes no nearer")

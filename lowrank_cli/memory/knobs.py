@@ -101,15 +101,16 @@ def _quantize(config: RunConfig, settings: Settings) -> Steps:
 def _low_rank(config: RunConfig, settings: Settings) -> Steps:
     if config.method != "full":
         return []
-    method = "lora" if config.command == "finetune" else "galore"
-    return [(f"--method {method}", settings | {"method": method})]
+    fitting = [name for name in methods.names() if config.command in methods.get(name).instead_of_full]
+    return [(f"--method {name}", settings | {"method": name}) for name in fitting]
 
 
 def _compressed_activations(config: RunConfig, settings: Settings) -> Steps:
-    if "velora" in config.methods:
+    if any("activations" in methods.get(name).acts_on for name in config.methods):
         return []
-    method = "velora" if config.method == "full" else f"{config.method}+velora"
-    return [(f"--method {method}", settings | {"method": method})]
+    fitting = [n for n in methods.names() if methods.get(n).acts_on == {"activations"}]
+    chosen = [n if config.method == "full" else f"{config.method}+{n}" for n in fitting]
+    return [(f"--method {name}", settings | {"method": name}) for name in chosen]
 
 
 def _rank(config: RunConfig, settings: Settings) -> Steps:

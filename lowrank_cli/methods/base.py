@@ -50,6 +50,7 @@ class Method:
     command_defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # command -> what differs from those there
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model preset -> settings of this method
     refuses: ClassVar[dict[str, str]] = {}  # flag as it is typed, such as --per-layer -> why it does not go with this
+    instead_of_full: ClassVar[frozenset[str]] = frozenset()  # commands whose budget search proposes this method
     adapter: ClassVar[bool] = False  # the base is frozen; what trains is saved apart from it, as PEFT's files
     command: str = ""  # the one that runs it, for what differs between them; `apply_methods` sets it
 
@@ -60,6 +61,11 @@ class Method:
     def defaults_for(cls, command: str) -> dict[str, Any]:
         """Plain settings that differ with this method in a command."""
         return cls.defaults | cls.command_defaults.get(command, {})
+
+    @classmethod
+    def flag(cls, key: str) -> str:
+        """Return the flag of one of the method's settings, as it is typed."""
+        return f"--{cls.name}-{key.replace('_', '-')}"
 
     @property
     def is_adapter(self) -> bool:

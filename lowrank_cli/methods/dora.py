@@ -15,4 +15,5 @@ class DoRA(LoRA):
     title = "DoRA"
     paper = "https://arxiv.org/abs/2402.09353"
     summary = "LoRA with the rows' magnitudes trained apart from it"
+    instead_of_full = frozenset()  # where LoRA fits, it takes less
     dora = True

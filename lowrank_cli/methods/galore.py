@@ -41,6 +41,7 @@ class GaLore(Method):
     commands = frozenset({"pretrain", "finetune"})
     defaults = {"lr": 0.01}
     # clipping would make every gradient wait, whole, for the norm of all
+    instead_of_full = frozenset({"pretrain"})
     command_defaults = {"finetune": {"lr": 2e-4, "grad_clipping": 0.0}}
     presets = {model: {"rank": rank} for model, rank in RANKS.items()} | {
         "llama-7b": {"rank": 1024, "update_proj_gap": 500}

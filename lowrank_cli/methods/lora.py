@@ -31,6 +31,7 @@ class LoRA(Method):
     summary = "a trained low-rank update beside frozen weights"
     acts_on = frozenset({"weights"})
     commands = frozenset({"finetune"})
+    instead_of_full = frozenset({"finetune"})
     adapter = True
     dora = False
 

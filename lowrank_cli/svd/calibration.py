@@ -97,7 +97,7 @@ def finished(found: dict[str, Moments], owners: Mapping[str, str], tokens: int, 
         if owners.get(name, name) == name:
             if moments.input is None:
                 raise LowrankError(
-                    f"{name} saw no input on the calibration text", "take --welore-weighting none for this model"
+                    f"{name} saw no input on the calibration text", "take no weighting by text for this model"
                 )
             moments.input /= tokens
         if two_sided:
