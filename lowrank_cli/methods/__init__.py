@@ -35,7 +35,6 @@ def get(name: str) -> type[Method]:
         for c in vars(module).values()
         if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__
     )
-    cls.name = name
     return cls
 
 

@@ -39,7 +39,7 @@ class Method:
     `train` or `commands`: the loop calls the hooks below, in this order, and knows no method by name.
     """
 
-    name: ClassVar[str]  # the file's name, set by the registry
+    name: ClassVar[str]  # that of the file or folder
     title: ClassVar[str]  # as the paper writes it
     paper: ClassVar[str] = ""  # address
     summary: ClassVar[str]  # one line for --help
@@ -53,6 +53,9 @@ class Method:
     instead_of_full: ClassVar[frozenset[str]] = frozenset()  # commands whose budget search proposes this method
     adapter: ClassVar[bool] = False  # the base is frozen; what trains is saved apart from it, as PEFT's files
     command: str = ""  # the one that runs it, for what differs between them; `apply_methods` sets it
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__module__.removeprefix("lowrank_cli.methods.").partition(".")[0]
 
     def __init__(self, config: Any):
         self.config = config

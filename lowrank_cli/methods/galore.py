@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lowrank_cli.config import RunConfig
+    from lowrank_cli.optim.space import Space
 
 # paper's Table 2 where it has the size (1b: 512, the authors' script has 1024); else a quarter of the hidden size
 RANKS = {"llama-9m": 32, "llama-20m": 64, "llama-35m": 96, "llama-40m": 104, "llama-60m": 128, "llama-71m": 128,
@@ -81,15 +82,15 @@ class GaLore(Method):
         )
 
     def check(self, run: RunConfig) -> None:
-        if self.config.moments == "rotate" and run.optim.optimizer == "adafactor":
+        if getattr(self.config, "moments", None) == "rotate" and run.optim.optimizer == "adafactor":
+            flag = self.flag("moments")
             raise UsageError(
-                "--galore-moments rotate does not go with --optimizer adafactor: factored moments cannot be rotated",
-                "take --galore-moments keep or reset, or --optimizer adamw",
+                f"{flag} rotate does not go with --optimizer adafactor: factored moments cannot be rotated",
+                f"take {flag} keep or reset, or --optimizer adamw",
             )
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         from lowrank_cli.models.targets import select
-        from lowrank_cli.optim.projected import Projected
 
         targeted = {f"{name}.weight" for name in select(model, None)}
         tagged, clamped = [], set()
@@ -107,8 +108,8 @@ class GaLore(Method):
                     by_rank.setdefault(rank, []).append((name, p))
             rest = [(name, p) for name, p in group["params"] if not (name in targeted and p.dim() == 2)]
             for rank, params in by_rank.items():
-                tags = asdict(self.config) | {"role": "galore", "rank": rank, "space": Projected, "params": params}
-                tagged.append(group | tags)
+                tags = {"role": self.name, "rank": rank, "space": self.space(), "params": params}
+                tagged.append(group | asdict(self.config) | tags)
             if rest:
                 tagged.append({**group, "params": rest, "why": "outside the layers' linears"})
         if clamped:
@@ -117,6 +118,12 @@ class GaLore(Method):
                 f"{', '.join(map(str, sorted(clamped)))} there, which rotates but saves nothing"
             )
         return tagged
+
+    def space(self) -> type[Space]:
+        """Return the class of the spaces of this method's tensors."""
+        from lowrank_cli.optim.projected import Projected
+
+        return Projected
 
     def rank_for(self, shape: tuple[int, ...]) -> int:
         """The rank for an (m, n) weight: the configured one, at most the shorter side."""
