@@ -147,7 +147,9 @@ def _merged(
     """Return plain settings and each method's own, the strongest value of each with where it was set."""
     merged: Values = {}
     own: dict[str, Values] = {}
-    plain = {key_of(f) for spec in COMMANDS.values() for cls in spec.sections.values() for f in fields(cls)}
+    plain = {
+        key_of(f) for spec in COMMANDS.values() for cls in spec.sections.values() for f in fields(cls) if f.metadata
+    }
     for layer, where in [*layers, ({k: v for k, v in given.items() if v is not None}, "")]:
         for key, value in layer.items():
             if isinstance(value, dict) and key not in plain:
