@@ -24,7 +24,7 @@ def names_of(text: str | None) -> list[str]:
 
 
 def is_offline(config: RunConfig) -> bool:
-    """Whether the network must not be touched: --offline, or the variables of Hugging Face's libraries."""
+    """Return whether the network must not be used: --offline, or the variables of Hugging Face's libraries."""
     switched = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
     return config.common.offline or any(value in ("1", "TRUE", "YES", "ON") for value in switched)
 
@@ -138,7 +138,7 @@ def _labelled(
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
-    """What would be evaluated, without loading the model: questions of each task, and the model's place."""
+    """Return what would be evaluated, without loading the model: the model's name, and the size of each task."""
     settings, offline = config.harness, is_offline(config)
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -108,7 +108,7 @@ class Description:
         )
 
     def run(self) -> memory.Run:
-        """What decides the memory of one process."""
+        """Return what the memory of one process depends on."""
         train, batch = self.config.train, self.batch()
         return memory.Run(
             parts=self.parts,
@@ -164,7 +164,7 @@ class Description:
         return batch
 
     def has_refresh(self) -> bool:
-        """Whether the run is long enough for a second refresh of a basis; a run of unknown length is."""
+        """Return whether the run may have a second refresh: it is longer than a gap of a method, or one is unknown."""
         gaps = [getattr(own, "update_proj_gap", None) for own in self.config.methods.values()]
         steps = self.config.train.max_steps
         return steps is None or any(gap is None or steps > gap for gap in gaps)
