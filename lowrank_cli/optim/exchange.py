@@ -253,7 +253,7 @@ class Sharded(Replicated):
     adapters, go the way of `Replicated`.
 
     Args:
-        replicas: the processes; the model has been through `models.sharding.shard`, the optimizer has this rank's
+        replicas: the processes; the model has been through `parallel.sharding.shard`, the optimizer has this rank's
             parts of the parameters.
     """
 

@@ -1,7 +1,7 @@
 """Several processes that train one model: where this one stands, how they meet, and how they end together.
 
 torchrun starts them, or `lowrank ... --nproc N` does it with torchrun's own launcher. What they then exchange while
-they train is in `parallel/replicas.py` and `optim/replicated_gradients.py`. Here is what goes round it, over torch's
+they train is in `parallel/replicas.py` and `optim/exchange.py`. Here is what goes round it, over torch's
 key-value store: do all have the same settings, who is missing, who failed first and why.
 
 Nothing here imports torch before there is a second process.

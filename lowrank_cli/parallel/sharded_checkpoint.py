@@ -47,7 +47,7 @@ def write(
 
     Args:
         folder: on a file system that all processes see.
-        model: cut by `models.sharding.shard`.
+        model: cut by `parallel.sharding.shard`.
         optimizer: of this process's parts.
         tensors: its state, `name|key`.
         replicas: the processes.
@@ -174,7 +174,7 @@ def load_plain(
     Args:
         weights: of the whole model.
         tensors: of the whole optimizer, `name|key`.
-        model: cut by `models.sharding.shard`.
+        model: cut by `parallel.sharding.shard`.
         optimizer: of the parts.
         replicas: the processes.
     Raises:

@@ -165,8 +165,12 @@ class Description:
 
     def has_refresh(self) -> bool:
         """Return whether the run may have a second refresh: it is longer than a gap of a method, or one is unknown."""
-        gaps = [getattr(own, "update_proj_gap", None) for own in self.config.methods.values()]
         steps = self.config.train.max_steps
+        # staggered, the second refresh of the first tensor comes at once
+        gaps = [
+            1 if getattr(own, "stagger", False) else getattr(own, "update_proj_gap", None)
+            for own in self.config.methods.values()
+        ]
         return steps is None or any(gap is None or steps > gap for gap in gaps)
 
 
