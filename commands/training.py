@@ -1,4 +1,4 @@
-"""What every training command does around the loop: resolve, estimate, open or reopen the run folder, report."""
+"""Run a training command around its loop: resolve the settings, estimate, open or reopen the run folder, report."""
 
 from __future__ import annotations
 

@@ -280,5 +280,5 @@ def preset_names() -> dict[str, Path]:
 
 
 def preset_summary(name: str) -> str:
-    """What a preset is, for --help: the first line of its file, which is a comment."""
+    """Return the description of a preset for --help: the first line of its file, which is a comment."""
     return preset_path(name).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

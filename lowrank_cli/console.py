@@ -1,6 +1,6 @@
-"""What a user sees while a command runs: one line per event on stderr, kept in the run's log.txt as well.
+"""Show the user what a command does while it runs: one line per event on stderr, kept in the run's log.txt as well.
 
-A terminal or a pipe that goes away costs its lines, never the work: writing to either stream raises nothing.
+A terminal or a pipe that goes away loses its lines and stops nothing: writing to either stream does not raise.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def warn(text: str) -> None:
 
 
 def error(message: str, hint: str = "") -> None:
-    """What happened and what to type instead."""
+    """Print what happened and, with a hint, what to type instead."""
     _print(f"error: {message}", "bold red", QUIET)
     if hint:
         _print(f"hint:  {hint}", "", QUIET)
@@ -210,7 +210,7 @@ def bar() -> Progress:
 
 
 def is_live() -> bool:
-    """Whether a moving progress display makes sense."""
+    """Return whether a moving progress display makes sense: stderr is a terminal, and lines are shown there."""
     return stderr.is_terminal and _level >= NORMAL
 
 

@@ -110,7 +110,7 @@ def report(message: str, hint: str, debug: bool) -> None:
 
 
 def usage_message(error, argv: list[str]) -> tuple[str, str]:
-    """What was wrong with the command line, and the nearest right thing."""
+    """Return what is wrong with the command line, and a hint: the nearest option, or how to list the options."""
     option = getattr(error, "option_name", None)
     command = next((a for a in argv if a in COMMANDS), "")
     options = f"lowrank {command} --help lists the options" if command else "lowrank --help lists the commands"

@@ -1,4 +1,4 @@
-"""What a machine can lack, as one sentence each, the same from every command: memory, room, permission, a home."""
+"""Explain in one sentence, the same from every command, what a machine lacks: memory, room, permission, a home."""
 
 from __future__ import annotations
 

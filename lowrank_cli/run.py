@@ -121,7 +121,7 @@ class RunDir:
             console.detail(f"runs/latest not updated: {error.strerror}")
 
     def record(self) -> dict[str, Any]:
-        """What run.json holds; nothing of one that is damaged, which a warning says."""
+        """Return what run.json holds; {} if it is not there, or is damaged, which a warning says."""
         path = self.path / "run.json"
         if not path.is_file():
             return {}

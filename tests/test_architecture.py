@@ -121,6 +121,18 @@ def test_docs_name_every_setting_of_a_method(name):
         assert f"`{key_of(f)}`" in page or f"`--{name}-{key_of(f).replace('_', '-')}`" in page, key_of(f)
 
 
+# a docstring that begins with one of these is neither an imperative nor a sentence
+NO_BEGINNING = {"What", "Whether", "As", "That", "How", "Which", "Where"}
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_begin_with_an_imperative_or_a_sentence(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = re.match(r"\w*", ast.get_docstring(node) or "")[0]
+            assert first not in NO_BEGINNING, f"{path}:{getattr(node, 'lineno', 1)} begins with {first}"
+
+
 # what parses a file that may be another program's, and the one module that may call it
 PARSERS = {"from_pretrained", "load_file", "safe_open", "safe_load", "read_metadata", "full_load", "unsafe_load"}
 MODULES = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("yaml", "load"), ("json", "load")}

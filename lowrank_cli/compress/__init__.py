@@ -1,1 +1,1 @@
-"""What `lowrank compress` and `lowrank svd-dump` do: a model's singular values, and a smaller model."""
+"""Compress a model (`lowrank compress`), and write the singular values of its weights (`lowrank svd-dump`)."""

@@ -1,4 +1,4 @@
-"""What a compression would touch and what it would need, from the configuration alone: `--dry-run`."""
+"""Plan a compression from its settings and the model's configuration (`--dry-run`): what it compresses and needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_cli.svd.rank_selection import Spectra
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be done.
+    """A Plan says what a compression would do.
 
     Attributes:
         shapes: (out, in) of the linears that would be compressed, by name.
@@ -32,7 +32,7 @@ class Plan:
     needs: dict[str, int]
 
     def show(self) -> None:
-        """As tables."""
+        """Print the plan as tables."""
         rows = [[name, f"{m} x {n}"] for name, (m, n) in self.shapes.items()]
         rows += [[name, why] for name, why in self.skipped.items()]
         if not rows:

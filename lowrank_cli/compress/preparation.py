@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a compression is going to be, as far as the configuration and the model's own say.
+    """An Outline says what a compression is going to be, as far as its settings and the model's configuration tell.
 
     Attributes:
         config: the settings.
@@ -178,7 +178,7 @@ def compressing(config: RunConfig) -> methods.Method:
 
 
 def weighting_of(part: methods.Method, own: DataConfig | None) -> tuple[str, DataConfig | None]:
-    """How errors are weighted, and the text for it.
+    """Return how errors are weighted, and the text to weight them by; None if they are not weighted.
 
     Args:
         part: the method.

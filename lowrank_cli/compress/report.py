@@ -1,4 +1,4 @@
-"""What a compression came to: ranks.json, ranks.csv, the map of ranks, and the lines on the screen."""
+"""Report a compression: result.json, ranks.json, ranks.csv, the map of ranks, and the lines on the screen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = ("name", "out", "in", "rank", "full_rank", "role", "parameters_before"
 
 
 def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> list[dict[str, Any]]:
-    """What became of each linear: its rank, its role (LRC or N-LRC), its parameters.
+    """Return a row for each linear: its rank, its role (LRC, N-LRC or skipped), its parameters.
 
     `error` is the relative error of the (weighted) weight in the Frobenius norm.
     """
@@ -40,7 +40,7 @@ def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> l
 
 
 def about(part: Method, plain: Spectra, ranks: Ranks) -> dict[str, Any]:
-    """What the ranks come to."""
+    """Return the target of the rule that chose the ranks, and the shares that these ranks come to."""
     reached, goal = part.reached(plain, ranks)
     return {
         "allocation": part.allocation,
@@ -85,7 +85,7 @@ def check(part: Method, spectra: Spectra, ranks: Ranks) -> None:
 
 
 def details(result: dict[str, Any]) -> dict[str, Any]:
-    """What config.json of the model says of how it was made."""
+    """Return the part of a result that the model's config.json keeps: how the model was compressed."""
     return {key: result[key] for key in ("method", "target", "weighting", "allocation")}
 
 

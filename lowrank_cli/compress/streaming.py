@@ -144,7 +144,7 @@ def _part(number: int) -> str:
 
 
 def compressed(reader: Reader, ranks: Ranks, form: str, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What becomes of one tensor of the model: itself, the parts of its factored form, or nothing for a bias that
+    """Yield what one tensor of the model becomes: itself, the parts of its factored form, or nothing for a bias that
     goes with its weight."""
     name, _, leaf = key.rpartition(".")
     rank = ranks.get(name)

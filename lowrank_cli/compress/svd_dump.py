@@ -182,7 +182,7 @@ def give_back() -> None:
 
 @dataclass
 class Dump:
-    """What a dump needs, checked, before anything is written."""
+    """A Dump holds what `run` needs to write a model's spectra, checked before anything is written."""
 
     config: RunConfig
     reader: Reader

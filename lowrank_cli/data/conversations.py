@@ -86,7 +86,7 @@ class Record:
 
     @property
     def prompt(self) -> str:
-        """What is asked, without any answer: equal for records that must not part into train and validation."""
+        """Return what is asked, without answers; records of one prompt must not part into train and validation."""
         if self.chat is not None:
             asked = [message for message in self.chat.messages if message["role"] != "assistant"]
             return json.dumps([asked, self.chat.tools], sort_keys=True, default=str)

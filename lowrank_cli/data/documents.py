@@ -50,7 +50,7 @@ class Source(ABC):
 
     @abstractmethod
     def difference(self, saved: Any) -> str:
-        """How the documents differ from those of another identity, which may have been JSON; "" if they do not."""
+        """Say how the documents differ from those of another identity (maybe from JSON); "" if they do not."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[str]:
@@ -154,13 +154,13 @@ def open_source(config: DataConfig, part: str = "train", *, offline: bool = Fals
 
 
 def is_hub_id(dataset: str) -> bool:
-    """Whether a name that is no path here may be one on the hub."""
+    """Return whether a name that is no path here may be the id of a dataset on the hub."""
     looks_local = ending(Path(dataset)) or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     return not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) is not None
 
 
 def keeps(held_out: str | None, document: int) -> bool:
-    """Whether the part keeps the document of this number (from 0); held_out as in FileSource."""
+    """Return whether a part keeps the document of this number, counted from 0; `held_out` is as in FileSource."""
     # the second, not the twentieth: two documents are then enough for both parts
     return held_out is None or (document % HELD_OUT_EVERY == 1) == (held_out == "validation")
 

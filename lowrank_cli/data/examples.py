@@ -47,7 +47,7 @@ class Row:
 
 @dataclass
 class Cut:
-    """What truncation did.
+    """A Cut records the rows that were longer than the limit and were truncated.
 
     Attributes:
         found: of each row that was too long its number, its place, its length, and whether its response was cut.

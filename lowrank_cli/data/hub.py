@@ -112,7 +112,7 @@ def whole(dataset: str, dataset_config: str | None, *, offline: bool) -> dict[st
 
 
 def is_offline(offline: bool) -> bool:
-    """Whether the caller or the environment (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE) forbids the network."""
+    """Return whether the caller or the environment (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE) forbids the network."""
     forbidden = ("1", "ON", "YES", "TRUE")
     return offline or any(
         os.environ.get(name, "").upper() in forbidden for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")

@@ -317,7 +317,7 @@ def _no_field(where: str, text_field: str, keys: Iterable[str]) -> UsageError:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in a user's words."""
+    """Return the kind of a JSON value in a user's words, such as "an object"."""
     names = {
         dict: "an object",
         list: "a list",

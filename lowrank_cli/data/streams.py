@@ -19,9 +19,9 @@ POOL = 2048  # rows shuffled together in a streamed dataset
 
 
 class Origin:
-    """What a streamed run reads and with which tokenizer, so that it does not go on with others.
+    """An Origin records a streamed run's data and tokenizer, so that a resumed run does not go on with others.
 
-    A tokenized corpus needs none: the digest of its tokens says the same.
+    A run over a tokenized corpus needs none: the digest of its tokens says the same.
     """
 
     def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast):

@@ -87,7 +87,7 @@ class SupervisedStream(TrainStream):
 
 @dataclass
 class SupervisedData:
-    """What a fine-tuning run learns from and is measured with.
+    """SupervisedData holds the rows that a fine-tuning run trains on, and the held-out ones that it is evaluated on.
 
     Attributes:
         tokenizer: has eos and pad.

@@ -17,14 +17,14 @@ _ARCHIVE = "kojima-takeshi188/zero_shot_cot, folder dataset"
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is.
+    """A Task describes a downstream task: its files, its columns, its labels and the metrics that it is judged by.
 
     Attributes:
         name: as in --task.
         kind: "classification", "regression" or "causal" (answered in words).
         folder: where the published archive has its files.
         label_names: of the classes, in the order of their numbers; () unless classified.
-        metrics: of `evaluate.classification.METRICS`, the one that decides first.
+        metrics: of `measure.classification.METRICS`, the one that decides first.
         columns: the texts of an example, one or two, by the published column names.
         label: the column of the label.
         hub: dataset id and configuration on the hub, if the same data are there.

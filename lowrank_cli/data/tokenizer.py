@@ -59,7 +59,7 @@ def named_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerF
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer puts its bos token in front of a text by itself."""
+    """Return whether the tokenizer puts its bos token in front of a text by itself."""
     ids = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 

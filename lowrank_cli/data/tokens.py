@@ -90,7 +90,7 @@ class TrainStream:
 
 @dataclass
 class TextData:
-    """What a run trains on and is measured with.
+    """TextData holds the text that a run trains on, and the held-out text that it is evaluated on.
 
     Attributes:
         tokenizer: has eos and pad.

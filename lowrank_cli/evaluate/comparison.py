@@ -21,7 +21,7 @@ COSTS = (
 
 
 def read(folders: list[str]) -> list[dict[str, Any]]:
-    """What the runs scored and cost.
+    """Read the scores and the costs of some runs.
 
     Args:
         folders: run folders, each with an eval/.

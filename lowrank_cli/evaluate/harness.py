@@ -129,7 +129,7 @@ def evaluate(subject: Subject, loaded: Loaded, settings: HarnessConfig) -> tuple
 
 
 def circumstances(subject: Subject) -> dict[str, Any]:
-    """What every result says besides: the model, the machine's part, the versions."""
+    """Return what every result holds beside its scores: the model, the device, the peak memory, versions and date."""
     device = subject.model.device
     return {
         "model": subject.about(),
@@ -177,7 +177,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of one answer: the prompt is made again from the question's number."""
+    """Return the part of an answer that is kept; the prompt can be made again from the question's number."""
     kept = {key: sample[key] for key in ("doc_id", "filter", "target", "resps", "filtered_resps")}
     return kept | {metric: sample[metric] for metric in sample["metrics"]}
 

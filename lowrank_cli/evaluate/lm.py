@@ -114,7 +114,7 @@ class EvaluatedLM(HFLM):
         return tokens, mask
 
     def _texts(self, context: str, continuation: str) -> tuple[str, ...]:
-        """What `_encode_pair` will want the tokens of."""
+        """Return the texts that lm-eval's `_encode_pair` is going to tokenize; none for a blank context."""
         if not context:
             return ()
         stripped = context.rstrip()

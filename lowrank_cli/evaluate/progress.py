@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on a terminal, otherwise a line now and then."""
+"""Show how far an evaluation is: a bar on a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 

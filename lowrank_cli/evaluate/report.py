@@ -55,7 +55,7 @@ def rows_of(output: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _golds(samples: list[dict[str, Any]]) -> Counter | None:
-    """How often each choice is the right one; None where the choices differ between questions, or there are none."""
+    """Count how often each choice is the right one; None where questions have no choices, or different ones."""
     seen: Counter = Counter()
     choices = None
     for sample in samples:

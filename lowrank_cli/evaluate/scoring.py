@@ -84,7 +84,7 @@ def clusters(rows: Sequence[Row], min_shared: int = MIN_SHARED) -> list[Cluster]
 
 
 def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens two rows have in common at their beginning."""
+    """Return the number of tokens that two rows have in common at their beginning."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -117,7 +117,7 @@ class Scorer:
         self.shares = self._can_share()
 
     def _can_share(self) -> bool:
-        """Whether the model keeps the keys and values of every token, so that another row can go on from them."""
+        """Return whether the model caches keys and values of every token, so that another row can go on from them."""
         if not getattr(self.model, "_supports_cache_class", True) or self.model.config.is_encoder_decoder:
             return False
         try:
@@ -207,7 +207,7 @@ class Scorer:
 
 
 def rows_that_fit(model: PreTrainedModel, length: int, kept: int, shared: int) -> int:
-    """How many rows a pass may have in a quarter of the free memory, at least 1; an estimate.
+    """Estimate how many rows a pass may have in a quarter of the free memory; at least 1.
 
     Args:
         model: decides about the sizes of logits, keys and activations.

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
+from lowrank_cli.data.hub import is_offline
 from lowrank_cli.data.tasks import TASKS
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.evaluate.names import MT_BENCH, PPL, check
@@ -23,12 +24,6 @@ def names_of(text: str | None) -> list[str]:
     return names
 
 
-def is_offline(config: RunConfig) -> bool:
-    """Whether the network must not be touched: --offline, or the variables of Hugging Face's libraries."""
-    switched = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    return config.common.offline or any(value in ("1", "TRUE", "YES", "ON") for value in switched)
-
-
 def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Path]]:
     """The results of the tasks, each written as soon as it is there.
 
@@ -38,7 +33,7 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
     Yields:
         A result, and the file that it was written to.
     """
-    settings, offline = config.harness, is_offline(config)
+    settings, offline = config.harness, is_offline(config.common.offline)
     if offline:
         # before the libraries are imported, which read them once
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -138,8 +133,8 @@ def _labelled(
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
-    """What would be evaluated, without loading the model: questions of each task, and the model's place."""
-    settings, offline = config.harness, is_offline(config)
+    """Return what would be evaluated, without loading the model: the model's name, and the size of each task."""
+    settings, offline = config.harness, is_offline(config.common.offline)
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     from lowrank_cli.evaluate import harness, labelled, mt_bench, tasks, text_perplexity

@@ -182,10 +182,11 @@ def digest(source: Source) -> str:
 
 
 def result_folder(subject: Subject, out: str | None) -> tuple[Path, str]:
-    """Where results go, and what is added to their names.
+    """Return the folder that results go to, and the suffix of their names.
 
-    `out`; or the run that the model belongs to, with the checkpoint's name unless it is the final model; or a folder
-    under ./runs for this very model, the same one each time. `runs/latest` does not point there: it holds no model.
+    The folder is `out`; or the run that the model belongs to; or one under ./runs for this very model, the same each
+    time, to which `runs/latest` does not point, since it holds no model. The suffix is the checkpoint's name, if the
+    model is a checkpoint of a run; in `out` it also keeps the results of several models apart.
     """
     source = subject.source
     place = Path(source.adapter or source.location)
@@ -201,7 +202,7 @@ def result_folder(subject: Subject, out: str | None) -> tuple[Path, str]:
 
 
 def _apart(folder: Path, subject: Subject, name: str) -> str:
-    """What keeps a model's results from those of another one that went to the same folder before it."""
+    """Return a suffix that keeps results apart from another model's in the same folder; "" if none is needed."""
     for path in sorted((folder / "eval").glob("*.json")):
         try:
             model = foreign.read_json(path).get("model")

@@ -122,7 +122,7 @@ SUITES = {
 
 
 def is_mmlu(name: str) -> bool:
-    """Whether a name is MMLU, one of its groups or one of its subjects."""
+    """Return whether a name is MMLU, one of its groups or one of its subjects."""
     return name == MMLU or (
         name.startswith("mmlu_") and not name.startswith(("mmlu_pro", "mmlu_flan", "mmlu_redux", "mmlu_prox"))
     )

@@ -51,7 +51,7 @@ _BLANK = "\n\n"
 
 @dataclass(frozen=True)
 class Text:
-    """What is measured.
+    """A Text is what perplexity is measured on.
 
     Attributes:
         name: for people.

@@ -1,1 +1,1 @@
-"""What a model is measured with, by the training loop, by `compress` and by `eval`."""
+"""Measure a model for the training loop, `compress` and `eval`: perplexity, classification and answers."""

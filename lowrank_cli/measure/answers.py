@@ -15,11 +15,11 @@ from torch import Tensor, nn
 def answer(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], between: Callable[[], None] = lambda: None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a model answers, and what is right, in eval mode; its training mode is put back afterwards.
+    """Return a model's answers and the right ones, in eval mode; its training mode is put back afterwards.
 
-    A question with choices is answered by the one whose tokens have the largest log-likelihood together. An open
+    A question with choices is answered by the choice whose tokens have the largest log-likelihood together. An open
     question is answered by 1 if every token of the right answer, end of text too, is the likeliest after the right
-    ones before it, which is what greedy decoding would write, else by 0; right is 1.
+    ones before it, so that greedy decoding would write this answer, else by 0; the right one is 1.
 
     Args:
         model: a causal language model.

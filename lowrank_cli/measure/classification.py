@@ -77,7 +77,7 @@ def score(names: Iterable[str], predictions: ArrayLike, labels: ArrayLike) -> di
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of labelled examples.
+    """Predictions hold what a model predicts for labelled examples, and its loss.
 
     Attributes:
         loss: the mean over examples, see `label_loss`.

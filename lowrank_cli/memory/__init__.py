@@ -1,4 +1,4 @@
-"""What a run will hold in memory, worked out from its configuration alone: its own updates on the meta device."""
+"""Estimate the memory of a run from its configuration alone, by carrying out its own updates on the meta device."""
 
 from lowrank_cli.memory.budget import check
 from lowrank_cli.memory.estimate import Estimate, as_json, by_formula, estimate, show

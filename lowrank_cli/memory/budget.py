@@ -161,7 +161,7 @@ class Search:
         return Plan(tuple(turned), {index: flags[index] for index in sorted(flags)}, config)
 
     def _limits(self, count: int) -> list[int]:
-        """As far as they go for the cheapest knobs, as many as `count`; the others stay."""
+        """Return limits that let the `count` cheapest knobs turn as far as they go, and the others not at all."""
         return [FARTHEST] * count + [0] * (len(KNOBS) - count)
 
     def _relaxed(self, limits: list[int], index: int, found: Plan) -> Plan:
@@ -202,7 +202,8 @@ class Search:
         return size is not None and size <= self.budget
 
     def _is_ruled_out(self, turned: tuple[int, ...]) -> bool:
-        """Whether a misfit turns all knobs at least as far, and those with two ends alike."""
+        """Return whether known sizes rule out a plan: what it keeps between updates is over the budget, or a misfit
+        turns all knobs at least as far, and those with two ends alike."""
         if self.kept.get(turned[len(SAME) :], 0) > self.budget:
             return True
         return any(

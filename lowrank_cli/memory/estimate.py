@@ -24,7 +24,7 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one process of a run holds.
+    """An Estimate holds the peak memory of one process of a run.
 
     Attributes:
         parts: the peak of every part of an update.
@@ -91,7 +91,7 @@ def estimate(
     adapter: bool = False,
     limit: int | None = None,
 ) -> Estimate:
-    """What a run holds at its peak, in each process.
+    """Estimate the peak memory of a run, in each process.
 
     Args:
         run: what decides it; its batch and its passes are those of one process.

@@ -18,7 +18,7 @@ ENDS = 2
 
 
 def are_equal(model: nn.Module) -> bool:
-    """Whether all layers of a model hold tensors of the same shapes and are of the same kind."""
+    """Return whether all layers of a model are of the same kind and hold parameters of the same shapes and dtypes."""
     layers = layers_of(model)
     kinds = getattr(model.config, "layer_types", None)
     if kinds is not None and len(set(kinds)) > 1:

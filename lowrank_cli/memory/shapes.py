@@ -40,7 +40,7 @@ def result_of(func, args: tuple, kwargs: dict):
 
 
 def _remembered(result, storages: set[int]) -> tuple[bool, tuple] | None:
-    """What is remembered of a result; None unless all of it is new tensors, each with a storage of its own."""
+    """Return what is remembered of a result; None unless it is new tensors alone, each with a storage of its own."""
     several = isinstance(result, tuple)
     shapes = []
     for tensor in result if several else (result,):

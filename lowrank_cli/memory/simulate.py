@@ -47,7 +47,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Run:
-    """What decides the memory of an update.
+    """A Run holds what the memory of an update depends on.
 
     Attributes:
         parts: makes the parts of the run, with so many layers, or all of them for None.

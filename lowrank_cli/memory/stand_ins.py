@@ -1,6 +1,6 @@
-"""What the meta device cannot do like a real one: fused attention and AdamW, dropout, 4-bit linears, LAPACK's memory.
+"""Replace what the meta device lacks: fused attention and AdamW, dropout, 4-bit linears, LAPACK's workspace.
 
-Each takes and keeps what the real one does, and computes nothing.
+Each stand-in takes and keeps the memory that the real one does, and computes nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What a piece of code holds in memory, from storages on the meta device: sizes without bytes.
+"""Track what a piece of code holds in memory, by its storages on the meta device, which have sizes but no bytes.
 
 Every op that runs under a Tracker is seen once, after autograd: its new storages count from then until the last
-tensor on them dies. What autograd saves, what a method frees and when a gradient exists is therefore never modelled
-here; it happens. What a storage was for is often known only later, so events are kept and added up at the end.
+tensor on them dies. So nothing here models what autograd saves, what a method frees or when a gradient exists: the
+code that runs does all of this itself. What a storage was for is often known only later, so events are kept and added
+up at the end.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Tracker(TorchDispatchMode):
         return found
 
     def _is_of_padding(self, args: tuple) -> bool:
-        """Whether an op reads a mask of padding: a copy of it, its sum, or a flag that all of it is set."""
+        """Return whether an op reads a mask of padding, or a copy, a sum or an all-set flag made of one."""
         return bool(args) and isinstance(args[0], Tensor) and self._see(args[0], self.phase) in self._padding
 
     def _apply(self, held: dict[str, int], event: int) -> int:

@@ -72,7 +72,7 @@ class Method:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether these settings train an adapter on a frozen base."""
+        """Return whether these settings train an adapter on a frozen base."""
         return self.adapter
 
     def refuse(self, run: RunConfig) -> None:

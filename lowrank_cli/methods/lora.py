@@ -87,7 +87,7 @@ class LoRA(Method):
 
 
 def _is_transposed(model: nn.Module) -> bool:
-    """Whether the model's linears are GPT-2's Conv1D, whose weights are transposed."""
+    """Return whether the model has linears of GPT-2's kind, Conv1D, whose weights are transposed."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())

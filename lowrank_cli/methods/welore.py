@@ -134,7 +134,7 @@ class WeLore(Method):
 
     @property
     def target(self) -> str:
-        """What is to be reached, for people."""
+        """Return the target in a user's words."""
         if self.config.rank is not None:
             which = "cut" if self.config.counting == "factored" else "below the threshold"
             return f"{self.config.rank:g} % of the singular values {which}"
@@ -147,11 +147,11 @@ class WeLore(Method):
 
     @property
     def reads_own_values(self) -> bool:
-        """Whether the rule reads the weights' own singular values; the others read the weighted ones, or shapes."""
+        """Return whether the rule reads the weights' own singular values; others read weighted ones, or shapes."""
         return self.allocation == "welore"
 
     def reached(self, spectra: Spectra, ranks: Ranks) -> tuple[float, float]:
-        """What these ranks come to and what was asked for, in the unit of the target: a share between 0 and 1.
+        """Return what these ranks come to and what was asked for, as shares between 0 and 1 in the unit of the target.
 
         Args:
             spectra: the weights' own, if the rule reads them.
@@ -231,5 +231,5 @@ class WeLore(Method):
 
 
 def is_norm(name: str) -> bool:
-    """Whether a parameter's name is that of a normalisation layer's."""
+    """Return whether a parameter's name is that of a normalisation layer's."""
     return "norm" in name or ".ln_" in name or name.rpartition(".")[0].endswith(("ln_f", "ln"))

@@ -120,7 +120,7 @@ def _check_model_type(raw: dict[str, Any], where: str) -> None:
 
 
 def _check_heads(shape: Mapping[str, Any], where: str, has_head_dim: bool) -> None:
-    """What most architectures find out only while the model is built, or runs."""
+    """Raise UsageError for numbers of heads that most architectures reject only while the model is built, or runs."""
     hidden, heads, shared = map(shape.get, ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     if not (isinstance(hidden, int) and isinstance(heads, int)):
         return

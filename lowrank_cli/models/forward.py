@@ -72,7 +72,7 @@ def chunked_loss(
 
 
 def takes_chunked_path(model: nn.Module) -> bool:
-    """Whether the loss of this model is computed without holding its logits."""
+    """Return whether the loss of this model is computed in chunks, without holding all of its logits."""
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in PLAIN_HEAD:
         return False
     # a subclass may compute something else

@@ -382,7 +382,7 @@ def _attention(config: PretrainedConfig, mapping=MODEL_FOR_CAUSAL_LM_MAPPING) ->
 
 @contextmanager
 def _readable_errors(source: Source) -> Iterator[None]:
-    """What Transformers and safetensors raise for a model that they cannot load, as ours."""
+    """Turn what Transformers and safetensors raise for a model that they cannot load into errors of ours."""
     where = source.name
     try:
         yield

@@ -1,4 +1,4 @@
-"""How Transformers saves and loads a model with low-rank linears.
+"""Let Transformers save and load a model with low-rank linears.
 
 The model's config.json has `quantization_config: {quant_method: lowrank, ranks: {name: r}, form: ...}`. With it
 `from_pretrained` swaps the named linears for low-rank ones before it reads the weights. Importing this file registers
@@ -68,7 +68,7 @@ def mark_dense(model: nn.Module) -> None:
 
 
 class LowRankConfig(QuantizationConfigMixin):
-    """What config.json says of a compressed model.
+    """A LowRankConfig is the `quantization_config` in the config.json of a compressed model.
 
     Args:
         ranks: rank by the name of the linear.

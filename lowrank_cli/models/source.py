@@ -1,4 +1,4 @@
-"""Where a model's weights are: a Hugging Face folder, a run folder, a GGUF file, an adapter, or an id on the hub."""
+"""Find a model's weights: a Hugging Face folder, a run folder, a GGUF file, an adapter, or an id on the hub."""
 
 import os
 import re
@@ -34,7 +34,7 @@ class Source:
 
     @property
     def arguments(self) -> dict:
-        """What `from_pretrained` needs beside the location."""
+        """Return the keyword arguments that `from_pretrained` needs beside the location."""
         file = {} if self.gguf is None else {"gguf_file": self.gguf}
         return {"local_files_only": self.is_local, **file}
 

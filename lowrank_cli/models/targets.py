@@ -1,4 +1,4 @@
-"""Which linears a method acts on: a default rule for decoders and encoders, or patterns on the names."""
+"""Select the linears that a method acts on, by a default rule for decoders and encoders or by name patterns."""
 
 import re
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Mod
 
 
 def _is_head(model: nn.Module, name: str) -> bool:
-    """Whether a linear belongs to a classifier's head or to a pooler that was drawn anew: those train as they are."""
+    """Return whether a linear is of a classifier's head or of a newly drawn pooler, which train as they are."""
     if "SequenceClassification" not in type(model).__name__:
         return False
     return not name.startswith(model.base_model_prefix + ".") or f"{name}.weight" in getattr(model, "newly_drawn", ())

@@ -45,7 +45,7 @@ def sources() -> Path:
 
 
 def library(kind: str) -> Path:
-    """Where the library of a kind ("cpu" or "cuda") stands once it is built on this machine, with this torch."""
+    """Return the path of the library of a kind ("cpu" or "cuda") for this machine and this torch, built or not."""
     digest = hashlib.sha256()
     for name in (*SOURCES[kind], *HEADERS):
         digest.update((sources() / name).read_bytes())
@@ -55,12 +55,12 @@ def library(kind: str) -> Path:
 
 
 def is_built(kind: str) -> bool:
-    """Whether `load` would find the library and build nothing."""
+    """Return whether `load` would find the library and build nothing."""
     return kind in _loaded or library(kind).is_file()
 
 
 def is_loaded(kind: str) -> bool:
-    """Whether the ops run on this kernel in this process."""
+    """Return whether the ops run on this kernel in this process."""
     return kind in _loaded
 
 
@@ -125,7 +125,7 @@ def _usual(kind: str) -> str:
 
 
 def _target(kind: str) -> str:
-    """What the compiled code is for."""
+    """Return what the code is compiled for: CUDA's version and architectures, or the processor's instruction sets."""
     if kind == "cuda":
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST")
         if not archs and torch.cuda.is_available():

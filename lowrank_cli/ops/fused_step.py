@@ -48,7 +48,7 @@ torch.library.define(
 
 @dataclass(frozen=True)
 class Choice:
-    """What the projected update runs on.
+    """A Choice says what the projected update runs on, and why.
 
     Attributes:
         name: "cuda", "cpu" or "torch".
@@ -99,7 +99,7 @@ def choose(kernel: str, device: torch.device | str) -> Choice:
 
 
 def follow(recorded: str, device: torch.device | str) -> bool:
-    """Whether the kernel that a checkpoint was made with can go on here; nothing is built, and nothing is said."""
+    """Return whether a run can go on with its checkpoint's kernel, loading it; nothing is built or printed."""
     if recorded == "torch":
         return True
     if recorded != torch.device(device).type or not build.is_built(recorded):
@@ -134,9 +134,10 @@ def corrected(
 
 
 def prefers_library(device: torch.device, rank: int) -> bool:
-    """Whether a layer's two products are the library's, over the whole layer, with Adam fused between them.
+    """Return whether the library computes a layer's two products, over the whole layer, with Adam fused between them.
 
-    On a CPU always: measured, a block of rows at a time was never faster (docs/kernels.md). On a GPU above a rank.
+    On a CPU it always does: a block of rows at a time was never measured to be faster (docs/kernels.md). On a GPU it
+    does above a rank.
     """
     return device.type == "cpu" or rank > CUDA_LARGE_RANK
 

@@ -58,7 +58,7 @@ def adamw_(
 
 
 def alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel that walks over memory may take these together: dense, and of the same strides.
+    """Return whether a kernel that walks over memory may take these together: dense, and of the same strides.
 
     Raises:
         ValueError: they have not the same shape.

@@ -1,11 +1,11 @@
-"""What the processes that train one model tell each other of its gradients: nothing, sums, or rows of sums.
+"""Exchange the gradients of one model between the processes that train it: not at all, as sums, or as rows of sums.
 
-Summed once an update, after its last micro-batch, is what the optimizer works on and no more: the small gradient of a
-tensor whose basis stands, (r, n) or (m, r) instead of (m, n); `.grad` of the rest. The sum of projections is the
-projection of the sum, so this is exact, up to rounding.
+Only what the optimizer works on is summed (an all-reduce), once an update, after its last micro-batch: the small
+gradient of a tensor whose basis stays, (r, n) or (m, r) instead of (m, n), and `.grad` of all others. The sum of
+projections is the projection of the sum, so this is exact, up to rounding.
 
-A basis that is due is found by one rank alone, from the full gradient that only this rank gets. It tells the others
-the basis and the projected gradient: every replica has the same bits, whatever its SVD would have given.
+A basis that is due is found by one rank alone, from the full gradient that only this rank gets. It sends the basis and
+the projected gradient to the others, so every replica has the same bits, whatever its own SVD would have given.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class Sharded(Replicated):
     adapters, go the way of `Replicated`.
 
     Args:
-        replicas: the processes; the model has been through `models.sharding.shard`, the optimizer has this rank's
+        replicas: the processes; the model has been through `parallel.sharding.shard`, the optimizer has this rank's
             parts of the parameters.
     """
 

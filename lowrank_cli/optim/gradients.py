@@ -1,4 +1,4 @@
-"""Where the gradients of an update go: into `.grad`, into the spaces, or straight into the step."""
+"""Collect the gradients of an update in `.grad` or in the spaces, or step with them within backward."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class Gradients:
 
     @staticmethod
     def _nothing() -> None:
-        """What happens on arrival where nobody steps within backward."""
+        """Do nothing on arrival: no step is made within backward."""
 
 
 class ZeroGrad:

@@ -1,6 +1,7 @@
-"""Which tensors a compiled kernel steps: it is asked before the rule runs.
+"""Let a compiled kernel step the tensors that it takes, before the rule steps the others.
 
-What a kernel does not take, such as two-sided projections or stochastic rounding, goes the way of plain PyTorch.
+Tensors that no kernel takes, such as those with two-sided projections or stochastic rounding, are left to the rule in
+plain PyTorch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a projected optimizer's state is loaded: every tensor in its own dtype, and nothing that does not fit."""
+"""Load a projected optimizer's state: every tensor in its own dtype, and nothing that does not fit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Loading:
     loading = False
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, and float32 moments
-        of a bfloat16 weight would come back rounded.
+        """Load a state as torch's optimizers do, but leave every tensor in its own dtype: torch casts state to the
+        parameter's, and float32 moments of a bfloat16 weight would come back rounded.
 
         Raises:
             ValueError: the state is of another optimizer, or of weights of another size; nothing has changed then.
@@ -57,7 +57,7 @@ class Loading:
             space.clear()
 
     def state_dict(self) -> dict:
-        """As torch's, without the classes of the spaces: a checkpoint is data."""
+        """Return the state as torch's optimizers do, without the classes of the spaces: a checkpoint is data."""
         found = super().state_dict()
         for group in found["param_groups"]:
             group.pop("space", None)

@@ -92,7 +92,7 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
         return {p: space.small[0] for p, space in self.spaces.items() if space.small}
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's, with the group's keys checked."""
+        """Add a group as torch's optimizers do, and check its keys."""
         super().add_param_group(param_group)
         try:
             self._index()
@@ -108,7 +108,7 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
             self._index()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; the small gradients go too."""
+        """Clear the gradients as torch's optimizers do, and the small gradients too."""
         super().zero_grad(set_to_none)
         for space in self.spaces.values():
             space.clear()

@@ -76,7 +76,7 @@ class Projected(Space):
 
     @property
     def is_due(self) -> bool:
-        """Whether the next update refreshes the basis, which takes the full gradient."""
+        """Return whether the next update refreshes the basis, which takes the full gradient."""
         return (self.optimizer.state.get(self.weight) or {}).get("until_refresh", 0) == 0
 
     @property

@@ -139,7 +139,7 @@ def subspace(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) 
 
 
 def of_gram(square: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
-    """As `gram` on the right, from G^T G (n, n) in the place of the gradient."""
+    """Return the basis that `gram` finds on the right, from G^T G (n, n) in the place of the gradient."""
     return torch.linalg.eigh(square).eigenvectors.flip(-1)[:, :rank]
 
 

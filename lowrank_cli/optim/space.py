@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Move:
-    """What a rule made of a part: the tensor becomes `alpha * update + beta * tensor`, expanded by its space.
+    """A Move is a rule's result for a part: its tensor becomes `alpha * update + beta * tensor`, the update expanded.
 
     Attributes:
         update: of the part's shape, float32 or wider.
@@ -101,12 +101,12 @@ class Space:
 
     @property
     def wants_full_gradient(self) -> bool:
-        """Whether `.grad` has to be kept, and summed whole, until the next step."""
+        """Return whether `.grad` has to be kept, and summed whole, until the next step."""
         return True
 
     @property
     def has_gradient(self) -> bool:
-        """Whether an update has something to work on."""
+        """Return whether the tensor has a gradient for an update to work on, full or small."""
         return self.weight.grad is not None or bool(self.small)
 
     def collect(self, grad: Tensor) -> None:
@@ -265,4 +265,4 @@ def collected(spaces: dict[Tensor, Space]) -> Iterator[tuple[Space, Tensor]]:
 
 
 def _nothing() -> None:
-    """What happens on arrival where nobody waits."""
+    """Do nothing on arrival: nobody waits for the small gradient."""

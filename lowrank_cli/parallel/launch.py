@@ -1,7 +1,7 @@
 """Several processes that train one model: where this one stands, how they meet, and how they end together.
 
 torchrun starts them, or `lowrank ... --nproc N` does it with torchrun's own launcher. What they then exchange while
-they train is in `parallel/replicas.py` and `optim/replicated_gradients.py`. Here is what goes round it, over torch's
+they train is in `parallel/replicas.py` and `optim/exchange.py`. Here is what goes round it, over torch's
 key-value store: do all have the same settings, who is missing, who failed first and why.
 
 Nothing here imports torch before there is a second process.
@@ -102,7 +102,7 @@ class World:
         self.store = dist.PrefixStore(f"lowrank/{attempt}", store)
 
     def set_level(self, level: int) -> None:
-        """As console's, on rank 0."""
+        """Set the console's level on rank 0; the other ranks print nothing and keep no log."""
         console.set_level(level if self.place.rank == 0 else console.SILENT)
         if self.place.rank:
             console.log_to(Path(os.devnull))
@@ -179,7 +179,7 @@ class World:
             time.sleep(0.02)
 
     def _has(self, keys: list[str]) -> bool:
-        """Whether the store has the keys; raises LowrankError if rank 0, which keeps it, has ended."""
+        """Return whether the store has the keys; raises LowrankError if rank 0, which keeps it, has ended."""
         try:
             return self.store.check(keys)
         except RuntimeError:
@@ -220,7 +220,7 @@ class World:
             raise self._explained(error) from None
 
     def _is_of_fsdp(self, error: RuntimeError) -> bool:
-        """Whether an exchange of FSDP2's own has failed, which speaks as its backend does."""
+        """Return whether an error is of one of FSDP2's own collectives, which raise what their backend says."""
         text = str(error)
         return self.replicas is not None and self.replicas.sharded and any(word in text for word in BACKENDS)
 
@@ -241,7 +241,7 @@ class World:
             self._leave()
 
     def _explained(self, error: Exception) -> LowrankError:
-        """What became of the process that did not answer."""
+        """Return the error to end with after a lost process: what a rank has told, or which ranks do not answer."""
         ignore_signals()
         end = time.monotonic() + LAST_WORDS_S
         place, step = self.place, self.replicas.update if self.replicas else 0
@@ -272,7 +272,7 @@ class World:
             raise error
 
     def _claims(self, error: BaseException) -> bool:
-        """Whether this process is the first to tell how the run ended."""
+        """Tell the other processes how the run ended, and return whether this one is the first to do so."""
         rank = self.place.rank
         if rank:
             self._listen(LAST_WORDS_S / 2)

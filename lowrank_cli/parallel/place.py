@@ -1,4 +1,4 @@
-"""Which of several processes this one is, and what follows from their number."""
+"""Find out which of several processes this one is, and settle what follows from their number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Which of the processes this one is, from torchrun's environment."""
+    """A Place says which of the processes this one is, by torchrun's environment."""
 
     rank: int
     world_size: int

@@ -184,8 +184,8 @@ def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def balanced(costs: list[float], world_size: int) -> list[int]:
-    """Which rank does which piece of work, so that none has much more than the others: the largest first, each to the
-    rank that has the least."""
+    """Return the rank for each piece of work, so that none has much more than the others: the largest piece first,
+    each to the rank that has the least."""
     loads, owners = [0.0] * world_size, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[i] = min(range(world_size), key=lambda rank: (loads[rank], rank))

@@ -47,7 +47,7 @@ def write(
 
     Args:
         folder: on a file system that all processes see.
-        model: cut by `models.sharding.shard`.
+        model: cut by `parallel.sharding.shard`.
         optimizer: of this process's parts.
         tensors: its state, `name|key`.
         replicas: the processes.
@@ -174,7 +174,7 @@ def load_plain(
     Args:
         weights: of the whole model.
         tensors: of the whole optimizer, `name|key`.
-        model: cut by `models.sharding.shard`.
+        model: cut by `parallel.sharding.shard`.
         optimizer: of the parts.
         replicas: the processes.
     Raises:
@@ -226,7 +226,7 @@ def _as_whole(part: Tensor, height: int, mesh: Any) -> Tensor:
 
 
 def _blocks_are_whole(key: str, shapes: dict[str, tuple[int, ...]], world_size: int) -> bool:
-    """Whether no block of 8-bit moments would lie on two processes; of any other tensor there are no blocks."""
+    """Return whether no block of 8-bit moments would lie on two processes; any other tensor has no blocks."""
     moment = key.removesuffix(SCALE)
     if f"{moment}{SCALE}" not in shapes or world_size == 1:
         return True

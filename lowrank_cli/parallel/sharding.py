@@ -61,7 +61,7 @@ def _call_as_forward(model: nn.Module) -> None:
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Whether a tensor of a model is cut over processes."""
+    """Return whether a tensor of a model is sharded over processes."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -73,7 +73,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
+    """Return this process's shard of a tensor, or all of one that is not sharded."""
     return tensor.detach().to_local() if is_cut(tensor) else tensor.detach()
 
 

@@ -21,7 +21,7 @@ from lowrank_cli.parallel.replicas import Replicas, rows_of
 
 
 class Whole:
-    """How a tensor lies that this process holds whole."""
+    """A Whole is the layout of a tensor that this process holds whole."""
 
     is_cut = False
 
@@ -37,7 +37,7 @@ class Whole:
         return stored
 
     def own_basis(self, whole: Tensor) -> Tensor:
-        """What the state keeps of a new basis."""
+        """Return the part of a new basis that this process's state keeps."""
         return whole
 
     def summed(self, low_rank_grad: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Whole:
         return low_rank_grad
 
     def expandable(self, update: Tensor, bases: dict[str, Tensor]) -> Tensor:
-        """What this process's rows of the weight need of an update, from its own rows of it."""
+        """Return what this process's rows of the weight need of an update, from its own rows of it."""
         return update
 
     def total(self, part: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Whole:
 
 
 class Shard(Whole):
-    """How a tensor lies whose rows are cut over processes.
+    """A Shard is the layout of a tensor whose rows are cut over processes.
 
     Args:
         shape: of the whole tensor.
@@ -109,7 +109,7 @@ def own_rows(whole: Tensor, replicas: Replicas) -> Tensor:
 
 
 def layout(p: Tensor) -> Whole:
-    """How a tensor of an optimizer lies."""
+    """Return how a tensor of an optimizer lies over the processes."""
     return getattr(p, "_lowrank_shard", None) or Whole(p.shape)
 
 

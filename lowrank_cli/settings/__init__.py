@@ -1,4 +1,4 @@
-"""Which settings each command has: the dataclasses behind its flags, its YAML and its part of the docs."""
+"""List the settings of each command: the dataclasses behind its flags, its YAML and its part of the docs."""
 
 from dataclasses import dataclass, field
 from typing import Any

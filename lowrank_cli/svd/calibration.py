@@ -1,4 +1,4 @@
-"""What an error in a weight costs, measured on text: second moments of a linear's input and of its output's gradient.
+"""Measure on text what an error in a weight costs: second moments of a linear's input and of its output's gradient.
 
 Shapes: N tokens; x is (N, n), the input of a linear, and g (N, m) the gradient of the loss at its output.
 

@@ -78,7 +78,7 @@ class Chain:
         return out if self.tails[index] is None else out[0]
 
     def inputs(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
-        """What the first layer gets for (B, T) token ids, and what each one gets besides the tensor before it."""
+        """Return the first layer's input for (B, T) token ids, and what each layer gets besides its input."""
         arguments: list[tuple[tuple, dict]] = []
         first: list[Tensor] = []
 
@@ -145,7 +145,8 @@ def chain_of(model: nn.Module) -> Chain | None:
 
 
 def linked(calls: list[tuple[nn.Module, Any, tuple, dict, Any]]) -> list[tuple | None] | None:
-    """What layers returned beside their tensors, if each call got the tensor of the one before and nothing more of it.
+    """Return what layers returned beside their tensors; None unless each call got the tensor of the one before and
+    nothing else that depends on it.
 
     Args:
         calls: layer, tensor, other arguments and output of each, in order.
@@ -253,7 +254,7 @@ class LayerMoments:
             self.shelf.pop(key("passing", w))
 
     def step(self, index: int, w: int) -> None:
-        """What is passed through a layer, one window of it: its inputs on, or the gradients at its outputs back."""
+        """Pass one window through a layer: its inputs forward, or the gradients at its outputs back."""
         # made anew each time: masks of all windows would be held for long
         args, kwargs = self.chain.inputs(self.windows[w])[1][index]
         passing = self.shelf.pop(key("passing", w))["hidden"]

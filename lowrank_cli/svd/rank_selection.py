@@ -1,4 +1,4 @@
-"""How many directions of each weight to keep: pure functions from singular values to ranks.
+"""Select how many directions of each weight to keep: pure functions from singular values to ranks.
 
 Shapes: a weight is (m, n), k = min(m, n) its singular values, r <= k the rank that it is factored at. A rank of None
 leaves a weight dense, at full rank.
@@ -57,7 +57,7 @@ class Spectra:
         return m * n if rank is None else rank * (m + n - (rank if self.pifa else 0))
 
     def fits(self, name: str, rank: int) -> bool:
-        """Whether factoring at this rank is allowed: it makes the weight smaller, or growth is allowed."""
+        """Return whether factoring at this rank is allowed: it makes the weight smaller, or growth is allowed."""
         return self.allow_growth or self.parameters(name, rank) < self.parameters(name, None)
 
     def parameter_share(self, ranks: Ranks) -> float:

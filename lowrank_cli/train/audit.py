@@ -24,7 +24,7 @@ FROZEN = "does not require a gradient"
 
 
 def targets(model: nn.Module, groups: list[dict]) -> list[dict[str, Any]]:
-    """What happens to each tensor: its shape, role, rank, and why nothing more does."""
+    """Return what happens to each tensor: its shape, its role, its rank if it has one, and why nothing more does."""
     roles = {name: group for group in groups for name, _ in group["params"]}
     rows = []
     for name, p in model.named_parameters():
@@ -135,7 +135,7 @@ def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
 
 
 def may_round_away(values: Tensor, lr: float, eps: float | tuple[float, ...]) -> bool:
-    """Whether Adam's first step may round to nothing in every element: it is at most about `lr`, and less where
+    """Return whether Adam's first step may round to nothing in every element: it is at most about `lr`, and less where
     gradients are not much larger than `eps`."""
     if isinstance(eps, float) and eps > LARGE_EPS and values.element_size() < 4:
         return True

@@ -35,7 +35,7 @@ FINGERPRINT = "_lowrank_base"
 
 @dataclass
 class Progress:
-    """Where a run stands after a whole number of updates: everything but tensors, JSON-able."""
+    """Progress says where a run stands after a whole number of updates: everything but tensors, JSON-able."""
 
     step: int = 0
     tokens: int = 0
@@ -138,7 +138,7 @@ def save(
 
 
 def is_misfortune(error: Exception) -> bool:
-    """Whether an error of a writer is the disk's: each library has a class of its own for that."""
+    """Return whether an error of a writer is the disk's: each library has a class of its own for that."""
     return isinstance(error, (OSError, SafetensorError)) or number_of(error) is not None
 
 

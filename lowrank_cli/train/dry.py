@@ -108,7 +108,7 @@ class Description:
         )
 
     def run(self) -> memory.Run:
-        """What decides the memory of one process."""
+        """Return what the memory of one process depends on."""
         train, batch = self.config.train, self.batch()
         return memory.Run(
             parts=self.parts,
@@ -164,9 +164,13 @@ class Description:
         return batch
 
     def has_refresh(self) -> bool:
-        """Whether the run is long enough for a second refresh of a basis; a run of unknown length is."""
-        gaps = [getattr(own, "update_proj_gap", None) for own in self.config.methods.values()]
+        """Return whether the run may have a second refresh: it is longer than a gap of a method, or one is unknown."""
         steps = self.config.train.max_steps
+        # staggered, the second refresh of the first tensor comes at once
+        gaps = [
+            1 if getattr(own, "stagger", False) else getattr(own, "update_proj_gap", None)
+            for own in self.config.methods.values()
+        ]
         return steps is None or any(gap is None or steps > gap for gap in gaps)
 
 

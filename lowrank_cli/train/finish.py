@@ -99,12 +99,12 @@ def finish(session: Session) -> dict[str, Any]:
 
 
 def samples(session: Session) -> bool:
-    """Whether the model is where it can write something in a moment: one that was cut over GPUs is on the CPU now."""
+    """Return whether the model can write a sample in a moment: one that was sharded over GPUs is on the CPU now."""
     return session.model.can_generate() and session.model.device.type == session.device.type
 
 
 def estimated_memory(session: Session) -> dict[str, int]:
-    """What --dry-run says of this run, beside the measured peak; nothing for a model that cannot be estimated."""
+    """Return the estimate of --dry-run for this run, in bytes; {} for a model that cannot be estimated."""
     from lowrank_cli.train import dry
 
     config = session.config
@@ -207,7 +207,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 @torch.no_grad()
 def sample(session: Session, length: int = 48) -> str:
-    """What the model writes after the first tokens of the validation text; random generators are left as they were."""
+    """Return the first validation tokens and what the model writes after them; random generators keep their state."""
     batch = next(iter(session.data.validation()), None)
     length = min(length, (positions(session.model.config) or 1 << 30) - 8)
     if batch is None or batch["input_ids"].shape[1] < 8 or length < 1:
@@ -268,7 +268,7 @@ def memory_line(result: dict[str, Any]) -> str:
 
 
 def next_commands(result: dict[str, Any]) -> list[str]:
-    """What a user may want to type now."""
+    """Return the commands that a user may want to type now."""
     model = result["model"]
     typed = shlex.quote(model)
     if result["command"] == "pretrain":

@@ -422,6 +422,6 @@ def keep_best(session: Session) -> None:
 
 
 def out_of_patience(session: Session) -> bool:
-    """Whether a task has been evaluated often enough without getting better."""
+    """Return whether a task has been evaluated as often as its patience allows without getting better."""
     patience = session.config.task.patience if session.config.task is not None else None
     return patience is not None and session.progress.worse >= patience

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl always, other loggers on request, and the screen."""
+"""Report a run while it trains: metrics.jsonl always, other loggers on request, and the screen."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ class Reporter:
 
 
 class Follower(Reporter):
-    """What a rank reports that is not the first: nothing. It keeps the clock, as every rank's progress does."""
+    """A Follower is the reporter of a rank other than the first: it reports nothing, and only keeps the clock."""
 
     def __init__(self, run: RunDir, config: RunConfig, *, progress: Any, **_: Any):
         self.progress, self.bar = progress, None

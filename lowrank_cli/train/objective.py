@@ -1,4 +1,4 @@
-"""What a run minimises and is judged by: next tokens, classes or a number."""
+"""Define what a run minimises and is judged by: next tokens, classes or a number."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Causal:
         self.best: tuple[str, bool] = getattr(data, "best", ("loss", False))
 
     def targets(self, batches: list[Batch]) -> int:
-        """What the loss of an update is the mean over."""
+        """Return the number of targets that the loss of an update is the mean over."""
         return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
 
     def tokens(self, batches: list[Batch]) -> int:
@@ -42,9 +42,10 @@ class Causal:
         return causal_lm_loss(model, batch, targets)
 
     def evaluate(self, model: nn.Module, data: Any, between: Callable[[], None], replicas: Alone) -> dict[str, float]:
-        """What the validation batches give: loss in nats a token, perplexity and tokens; the metrics of a task.
+        """Evaluate on the validation batches: loss in nats a token, perplexity and tokens; for a task its metrics.
 
-        Several processes share the batches of running text; a task, whose metrics are no means, is rank 0's.
+        Several processes share the batches of running text. A task's metrics are no means, so rank 0 evaluates all of
+        it, and the other ranks only take part in its forward passes where weights are sharded.
         """
         if hasattr(data, "kind"):
             # where weights are cut, all take part in every forward pass

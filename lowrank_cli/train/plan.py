@@ -1,4 +1,4 @@
-"""How long a run is: every count that was left open, worked out before the first step."""
+"""Plan the length of a run: every count that was left open is worked out before the first step."""
 
 from __future__ import annotations
 

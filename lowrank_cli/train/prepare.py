@@ -245,7 +245,7 @@ def ahead(world: World | None, what: str) -> AbstractContextManager:
 
 
 def share(world: World | None) -> dict[str, int]:
-    """Which part of every update is this process's."""
+    """Return this process's share of every update: its rank and the number of processes; {} for one that is alone."""
     return {} if world is None else {"rank": world.place.rank, "world_size": world.place.world_size}
 
 

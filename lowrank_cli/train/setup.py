@@ -1,4 +1,4 @@
-"""What a run and a dry run build alike."""
+"""Build what a run and a dry run have in common: methods, parameter groups and the head of a task."""
 
 from __future__ import annotations
 

@@ -131,9 +131,9 @@ class Normalised(Projected):
 
 
 class Direction:
-    """What turns the gradient of a weight into those of its magnitude and of its direction, at one point.
+    """A Direction turns the gradient of a weight into those of its magnitude g and its direction V, at one point.
 
-    Linear in G while W stands still, so that the results of micro-batches add up.
+    It is linear in G while W does not change, so the results of micro-batches add up.
 
     Args:
         weight: W (m, n).

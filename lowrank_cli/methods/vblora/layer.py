@@ -36,7 +36,7 @@ class Shape:
 
 
 class Slot(NamedTuple):
-    """Where the sub-vectors of a linear are: those of A, then those of B^T."""
+    """A Slot gives the rows of a linear's sub-vectors: from `start` to `middle` those of A, to `end` those of B^T."""
 
     in_features: int
     out_features: int
@@ -109,7 +109,7 @@ class VectorBank(nn.Module):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether only a selection is there, without logits."""
+        """Return whether the bank has a selection alone, without logits."""
         return self.logits is None
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class Adapters(nn.ModuleDict):
 
 
 class Adapted:
-    """What stands in for the forward of a linear.
+    """An Adapted takes the place of a linear's forward, and adds what the active adapters give.
 
     Args:
         name: of the linear, which the banks know it by.

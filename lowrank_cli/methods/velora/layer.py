@@ -37,7 +37,7 @@ class Compressor:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the vector stays once it is found; only then do moments and sums on F mean the same every time."""
+        """Return whether the vector stays once it is found, so that moments and sums on F keep their meaning."""
         return self.init in FROZEN
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class Compressor:
 
 
 class VeLoRA:
-    """What a wrapped linear carries: its compressor, and where its factored gradient goes.
+    """A VeLoRA wraps a linear: it holds the compressor of its input, and the space that its factored gradient goes to.
 
     Args:
         module: the linear.

@@ -195,7 +195,7 @@ class VeLoRA(Method):
         return tagged
 
     def freed(self, model: nn.Module, name: str, num_groups: int, features: int) -> str:
-        """What wrapping this weight's linear really frees: nothing where a sibling keeps the same input."""
+        """Say what wrapping this weight's linear frees: nothing where an unwrapped sibling keeps the same input."""
         parent, _, leaf = plain_name(name.removesuffix(".weight")).rpartition(".")
         training = self.candidates(model)
         siblings = [
