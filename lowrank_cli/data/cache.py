@@ -163,3 +163,11 @@ def _unwritable(error: OSError) -> LowrankError:
         f"the cache folder {cache_dir()} cannot be written: {error.strerror or error}",
         "set LOWRANK_CACHE to a folder with room that you may write",
     )
+
+
+def is_offline(offline: bool) -> bool:
+    """Return whether the caller or the environment (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE) forbids the network."""
+    forbidden = ("1", "ON", "YES", "TRUE")
+    return offline or any(
+        os.environ.get(name, "").upper() in forbidden for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    )

@@ -1,6 +1,5 @@
 """Documents of a data set on the Hugging Face hub, streamed: nothing is downloaded whole."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -10,6 +9,7 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import HTTPError
 
+from lowrank_cli.data.cache import is_offline
 from lowrank_cli.data.documents import Source, keeps, no_documents
 from lowrank_cli.data.records import text_of, translated
 from lowrank_cli.errors import LowrankError, MissingError, UsageError, unknown
@@ -109,14 +109,6 @@ def whole(dataset: str, dataset_config: str | None, *, offline: bool) -> dict[st
             return dict(datasets.load_dataset(dataset, dataset_config))
     except (OSError, HTTPError, datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
         raise _load_error(dataset, dataset_config, offline, error) from error
-
-
-def is_offline(offline: bool) -> bool:
-    """Return whether the caller or the environment (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE) forbids the network."""
-    forbidden = ("1", "ON", "YES", "TRUE")
-    return offline or any(
-        os.environ.get(name, "").upper() in forbidden for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    )
 
 
 def _splits(dataset: str, dataset_config: str | None, offline: bool) -> dict[str, datasets.IterableDataset]:

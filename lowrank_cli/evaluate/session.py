@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
-from lowrank_cli.data.hub import is_offline
+from lowrank_cli.data.cache import is_offline
 from lowrank_cli.data.tasks import TASKS
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.evaluate.names import MT_BENCH, PPL, check

@@ -28,10 +28,16 @@ from lowrank_cli.ops.precision import wide
 
 
 class Handle:
-    """A module's way to the space of its weight; a copy of the module has none, and is an ordinary linear."""
+    """A layer's way to the space of its weight; a copy of the layer has none, and is an ordinary one."""
 
     def __init__(self, space: Any = None):
         self.space = space
+
+    def serves(self, weight: Tensor) -> bool:
+        """Say whether the space takes the gradient of this tensor: not of one that pruning, a parametrization or
+        `functional_call` has put in its weight's place; a weight that is cut is put together for the moment."""
+        space = self.space
+        return space is not None and (weight is space.weight or space.layout.is_cut)
 
     def __deepcopy__(self, memo: dict) -> Handle:
         return Handle()
@@ -41,35 +47,50 @@ class Handle:
 
 
 class ProjectedLinear(nn.Linear):
-    """An `nn.Linear` whose weight's space takes the gradient small, whenever its basis stands."""
+    """An `nn.Linear` whose weight's space takes the gradient small, whenever its basis stands; a copy is an ordinary
+    linear."""
 
     handle: Handle
 
     @classmethod
     def dress(cls, module: nn.Linear, space: Any) -> None:
-        """Make an ordinary linear one of these."""
+        """Make an ordinary linear one of these, or give it another space."""
+        if type(module) is cls and (before := module.handle.space) is not None:
+            before.detach(module)
         module.__class__, module.handle = cls, Handle(space)
 
-    @staticmethod
-    def undress(module: nn.Linear) -> None:
+    @classmethod
+    def undress(cls, module: nn.Linear) -> None:
         """Make it an ordinary one again."""
-        module.__class__ = nn.Linear
-        del module.handle
+        # whoever has the bound `forward`, or has derived a class since, keeps what computes the same
+        module.handle.space = None
+        if type(module) is cls:
+            module.__class__ = nn.Linear
+            del module.handle
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _empty_linear, (), {key: value for key, value in vars(self).items() if key != "handle"}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, (..., m) of (..., n)."""
-        space, weight = self.handle.space, self.weight
+        handle, weight = getattr(self, "handle", None), self.weight
         usual = (
-            space is None
-            or not space.is_open
+            handle is None
+            or not handle.serves(weight)
+            or not handle.space.is_open
             or not torch.is_grad_enabled()
             or not weight.requires_grad
-            # pruned, parametrized or called with another weight; one that is cut is put together for the moment
-            or not (weight is space.weight or space.layout.is_cut)
+            # somebody changes the full gradient
+            or weight._backward_hooks
         )
         if usual:
             return F.linear(x, weight, self.bias)
+        space = handle.space
         return projected_linear(x, weight, self.bias, space.bases_in_backward(), *space.leaves)
+
+
+def _empty_linear() -> nn.Linear:
+    return nn.Linear.__new__(nn.Linear)
 
 
 def projected_linear(

@@ -115,6 +115,8 @@ def rotate(
 class AdamW(Decaying):
     """Adam with float32 or float64 moments; groups say `lr`, `betas`, `eps`, `correct_bias` and `convention`."""
 
+    advances = True
+
     def eps_after_correction(self, group: dict) -> bool:
         """Say whether eps is added to the corrected root, as in torch.optim, or before it, as in galore-torch."""
         return group["convention"] == "torch"

@@ -102,6 +102,9 @@ class Replicated(Exchange):
         self._present.clear()
         self._window.clear()
         self._next = 0
+        # of groups that were added later
+        known = set(self._turns)
+        self._turns += [p for p in self.gradients.parameters if p not in known and not layout(p).is_cut]
 
     def reduce(self) -> None:
         if self.gradients.per_layer and not self.gradients.clipping:
@@ -182,7 +185,7 @@ class Replicated(Exchange):
         """Say whether one process would hold the whole gradient until the step, for its norm: the same on every rank,
         with or without a gradient there."""
         gradients = self.gradients
-        return bool(gradients.clipping) and not gradients.per_layer and space.weight not in gradients.in_backward
+        return bool(gradients.clipping) and not gradients.per_layer and not space.is_attached
 
     # ---- refreshing
 

@@ -46,11 +46,13 @@ class Gradients:
         clipping: float,
         exchange: Exchange | None = None,
     ):
-        while not isinstance(optimizer, LowRankOptimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        if per_layer and not isinstance(optimizer, LowRankOptimizer):
-            raise ValueError(f"{type(optimizer).__name__} cannot step one tensor: per_layer takes a GaLoreAdamW")
-        self.optimizer, self.per_layer, self.clipping = optimizer, per_layer, clipping
+        self.outer, inner = optimizer, optimizer
+        while not isinstance(inner, LowRankOptimizer) and hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        self.optimizer = inner if isinstance(inner, LowRankOptimizer) else optimizer
+        if per_layer and not isinstance(inner, LowRankOptimizer):
+            raise ValueError(f"{type(inner).__name__} cannot step one tensor: per_layer takes a GaLoreAdamW")
+        self.per_layer, self.clipping = per_layer, clipping
         self.exchange = exchange or Exchange()
         self.last = True
         self.measuring = False
@@ -58,21 +60,21 @@ class Gradients:
         self.squares: list[Tensor] = []
         self.zeros: set[Tensor] = set()
         self._attached: list[tuple[Space, nn.Module]] = []
-        self._model = model
+        self._completed: set[Tensor] = set()
+        self._hooks: list = []
+        self._zero_grad = ZeroGrad(model, self)
         self.exchange.enter(self)
         self._attach(model)
-        if isinstance(model, nn.parallel.DistributedDataParallel) and (per_layer or self._attached):
-            self.close()
-            raise ValueError(
-                "DistributedDataParallel sums `.grad` only, and neither steps within backward nor small gradients: "
-                "leave it out and give exchange=Replicated(...), or per_layer=False and in_backward=False"
-            )
+        if exchange is None and (per_layer or self._attached):
+            self._refuse_foreign_sums(model)
         watched = self.parameters if per_layer else []
         self._hooks = [p.register_post_accumulate_grad_hook(self.arrived) for p in watched]
         for space, _ in self._attached:
             space.on_arrival = partial(self._complete, space) if per_layer else self._nothing
         self.exchange.start(model)
-        model.zero_grad = ZeroGrad(model, self)
+        self._zero_grad.put()
+        if per_layer:
+            self.optimizer.steps_in_backward = True
 
     @property
     def spaces(self) -> dict[Tensor, Space]:
@@ -84,22 +86,30 @@ class Gradients:
         """The optimizer's tensors, as its groups are now."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    @property
-    def in_backward(self) -> set[Tensor]:
-        """The tensors whose gradient a layer gives small."""
-        return {space.weight for space, _ in self._attached}
+    def _refuse_foreign_sums(self, model: nn.Module) -> None:
+        """Raise ValueError where several processes sum `.grad`, and nobody what does not go through it."""
+        parallel = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+        dist = torch.distributed
+        if parallel or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            self.close()
+            raise ValueError(
+                "DistributedDataParallel sums `.grad` only, and neither steps within backward nor small gradients: "
+                "leave it out and give exchange=Replicated(...), or per_layer=False and in_backward=False; processes "
+                "that train models of their own say exchange=Exchange()"
+            )
 
     def close(self) -> None:
         """Leave the model as it was found: no hooks, no layers of ours."""
-        for hook in getattr(self, "_hooks", []):
+        for hook in self._hooks:
             hook.remove()
         for space, module in self._attached:
             space.detach(module)
-            space.on_arrival = self._nothing
+            space.on_arrival, space.is_attached = self._nothing, False
         self._hooks, self._attached = [], []
         self.exchange.leave()
-        if isinstance(vars(self._model).get("zero_grad"), ZeroGrad):
-            del self._model.zero_grad
+        self._zero_grad.remove()
+        if self.per_layer:
+            self.optimizer.steps_in_backward = False
 
     def begin(self, *, measuring: bool) -> None:
         """Forget the last update; `measuring` keeps what a per-layer step would free: the norm, and `zeros`, the
@@ -108,6 +118,7 @@ class Gradients:
         self.measuring = measuring
         self.squares.clear()
         self.zeros.clear()
+        self._completed.clear()
         self.exchange.begin()
 
     def reduce(self) -> None:
@@ -130,8 +141,9 @@ class Gradients:
 
     def step(self) -> None:
         """Update what has not been updated yet, and free its gradients."""
-        self.optimizer.step()
+        self.outer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._completed.clear()
 
     @torch.no_grad()
     def arrived(self, p: Tensor) -> None:
@@ -143,8 +155,18 @@ class Gradients:
         self._complete(space)
 
     def _complete(self, space: Space) -> None:
-        """Step within backward, if this was the last micro-batch and nobody waits for the norm."""
+        """Step within backward, if this was the last micro-batch and nobody waits for the norm.
+
+        Raises:
+            ValueError: the tensor has been stepped with a part of its gradient.
+        """
         if self.last and not self.clipping:
+            if space.weight in self._completed:
+                raise ValueError(
+                    f"{space.name} gets its gradient in several parts of one backward pass, as under reentrant "
+                    "checkpointing: take use_reentrant=False, or per_layer=False"
+                )
+            self._completed.add(space.weight)
             self.exchange.complete(space)
 
     def take(self, space: Space) -> None:
@@ -169,6 +191,7 @@ class Gradients:
             attached = [space.attach(module, clipping=self.clipping) for module in modules]
             if all(attached):
                 self._attached += [(space, module) for module in modules]
+                space.is_attached = True
             else:
                 # a weight that is an embedding too gets a full gradient from there
                 for module in modules:
@@ -184,14 +207,30 @@ class ZeroGrad:
 
     def __init__(self, model: nn.Module, gradients: Gradients):
         self.model, self.gradients = model, gradients
+        self.before = vars(model).get("zero_grad")
 
     def __call__(self, set_to_none: bool = True) -> None:
-        nn.Module.zero_grad(self.model, set_to_none)
+        if self.before is not None:
+            self.before(set_to_none=set_to_none)
+        else:
+            type(self.model).zero_grad(self.model, set_to_none=set_to_none)
         for space in self.gradients.spaces.values():
             space.clear()
 
+    def put(self) -> None:
+        """Take the place of the model's own."""
+        self.model.zero_grad = self
+
+    def remove(self) -> None:
+        """Give the place back."""
+        if vars(self.model).get("zero_grad") is self:
+            del self.model.zero_grad
+            if self.before is not None:
+                self.model.zero_grad = self.before
+
     def __deepcopy__(self, memo: dict) -> partial:
-        return partial(nn.Module.zero_grad, memo[id(self.model)])
+        twin = memo[id(self.model)]
+        return partial(type(twin).zero_grad, twin)
 
     def __reduce__(self) -> tuple:
-        return partial, (nn.Module.zero_grad, self.model)
+        return partial, (type(self.model).zero_grad, self.model)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_cli import console
 from lowrank_cli.ops import build, fused_step
 from lowrank_cli.optim.projected import Projected
+from lowrank_cli.optim.rules import count_
 
 if TYPE_CHECKING:
     from lowrank_cli.optim.optimizer import LowRankOptimizer
@@ -83,10 +84,7 @@ def _make_ready(space: Projected, rule: Rule) -> None:
         raise ValueError(
             f"moments of {tuple(state['exp_avg'].shape)} for a gradient of {shape}: has the group's rank changed?"
         )
-    if "step" not in state:
-        state["step"] = 0
-        rule.init(state, torch.empty(shape, device=p.device), space.group)
-    state["step"] += 1
+    count_(rule, state, torch.empty(shape, device=p.device), space.group)
     state["until_refresh"] -= 1
 
 
@@ -130,7 +128,7 @@ def factored_(weight: Tensor, factor: Tensor, vector: Tensor, state: dict, rule:
     """Update a weight from the factor of its gradient; says whether the kernel takes it."""
     takes_it = weight.is_contiguous() and weight.dtype in fused_step.DTYPES
     rounded = group["stochastic_rounding"] and weight.dtype == torch.bfloat16
-    if rounded or not (takes_it and weight.device.type == group.get("kernel") and at_hand(group)):
+    if rounded or not rule.advances or not (takes_it and weight.device.type == group.get("kernel") and at_hand(group)):
         return False
     step_size, eps = fused_step.corrected(
         step=state["step"],

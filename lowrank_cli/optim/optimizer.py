@@ -13,7 +13,7 @@ from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim import kernels
 from lowrank_cli.optim.loading import Loading
 from lowrank_cli.optim.projected import Projected
-from lowrank_cli.optim.rules import Rule
+from lowrank_cli.optim.rules import Rule, count_
 from lowrank_cli.optim.space import Space
 
 # options of torch's optimizers that no optimizer here has
@@ -41,8 +41,6 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
     """
 
     make_rule: Callable[[], Rule]
-    # GradScaler leaves the scale to `step`: it does not see gradients that spaces have collected
-    _step_supports_amp_scaling = True
 
     def __init__(self, params, defaults: dict):
         self._begin()
@@ -53,6 +51,7 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
         self.rule = type(self).make_rule()
         self.spaces: dict[Tensor, Space] = {}
         self.clock = Clock()
+        self.steps_in_backward = False
         # whether the kernel was nobody's wish: see fused_step.Choice
         self.kernel_is_auto = False
 
@@ -126,8 +125,9 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._unscaled():
-            return loss
+        if any(p not in self.spaces for group in self.param_groups for p in group["params"]):
+            # somebody has put it there without add_param_group
+            self._index()
         for space in self.spaces.values():
             space.ready()
         for group in self.param_groups:
@@ -149,10 +149,7 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
                 p = space.weight
                 if type(space) is Space and self.rule.in_place and p.dtype == wide(p.dtype):
                     state = space.state
-                    if "step" not in state:
-                        state["step"] = 0
-                        self.rule.init(state, p.grad, group, space.layout.height(p.grad, {}))
-                    state["step"] += 1
+                    count_(self.rule, state, p.grad, group, space.layout.height(p.grad, {}))
                     together.setdefault((state["step"], p.device, p.dtype), []).append(space)
                 else:
                     space.step_(self.rule)
@@ -174,28 +171,19 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
         if group["weight_decay"] and not first:
             torch._foreach_mul_(params, kept)
 
-    def _unscaled(self) -> bool:
-        """Divide by GradScaler's scale, if one calls; says whether the step is to be made.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` divides by GradScaler's scale, which asks first: no.
 
         Raises:
-            ValueError: the scale is gone, and with it what the small gradients are to be divided by.
+            ValueError: there are gradients that it does not see.
         """
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is None:
-            return True
-        small = [part for space in self.spaces.values() for part in space.small]
-        if scale is None:
-            if small:
-                raise ValueError(
-                    "GradScaler.unscale_ does not see gradients that were projected in backward: leave it out, since "
-                    "`step` divides by the scale, or set in_backward=False"
-                )
-            return not bool(found_inf)
-        grads = [p.grad for p in self.spaces if p.grad is not None] + small
-        if bool(found_inf) or not all(bool(grad.isfinite().all()) for grad in small):
-            return False
-        torch._foreach_div_(grads, float(scale))
-        return True
+        if self.steps_in_backward or any(space.small for space in self.spaces.values()):
+            raise ValueError(
+                "GradScaler sees `.grad` only, and neither gradients that were projected in backward nor steps within "
+                "it: take bfloat16, which needs no scaling, or in_backward=False and per_layer=False"
+            )
+        return False
 
     def take_kernels(self, recorded: list[str] | None) -> None:
         """Go on with the kernels of a checkpoint, see `kernels.take`."""

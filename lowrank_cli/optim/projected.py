@@ -116,6 +116,7 @@ class Projected(Space):
             raise FloatingPointError(f"the gradient of {self.name} is not finite at a refresh")
 
     def gradient(self) -> list[Part]:
+        self._bases = None
         if self.is_due:
             self.refresh()
         self._bases = bases = self.bases()
@@ -123,9 +124,18 @@ class Projected(Space):
             # the whole gradient, or the part of it that did not come through a projected linear
             self.collect(self.weight.grad)
         self.state["until_refresh"] -= 1
-        # the moments, and the arithmetic on them, are never narrower than float32
-        grad = cut(self.taken())
+        grads, self.small = self.small, []
+        return self.parts([cut(grad) for grad in grads], bases)
+
+    def parts(self, grads: list[Tensor], bases: dict[str, Tensor]) -> list[Part]:
+        """Return what the rule works on, from the small gradient; never narrower than float32."""
+        (grad,) = grads
         return [Part(grad, self.weight, self.layout.height(grad, bases))]
+
+    def clear(self) -> None:
+        # of a step that was interrupted
+        self._bases = None
+        super().clear()
 
     def taken(self) -> Tensor:
         """Return the small gradient, or its first part, which is not kept any longer."""
@@ -145,10 +155,12 @@ class Projected(Space):
         if wanted is None:
             # 2 N r (m + n) operations instead of 2 N m n; a norm to clip by is that of the full gradients
             wanted = not clipping and self.group["rank"] * sum(shape) < shape.numel()
-        if not wanted or self.always_full or len(shape) != 2 or type(module) is not nn.Linear:
+        if not wanted or self.always_full or len(shape) != 2 or type(module) not in (nn.Linear, ProjectedLinear):
             return False
-        ProjectedLinear.dress(module, self)
-        self._modules.append(module)
+        if module not in self._modules:
+            # the layers of an optimizer that is not used any longer are taken over
+            ProjectedLinear.dress(module, self)
+            self._modules.append(module)
         self.settle()
         return True
 
@@ -157,6 +169,9 @@ class Projected(Space):
             ProjectedLinear.undress(module)
             self._modules.remove(module)
             self.settle()
+
+    def orphaned(self) -> None:
+        self.is_open = False
 
     def settle(self) -> None:
         self.is_open = bool(self._modules) and not self.is_due

@@ -12,9 +12,12 @@ class Rule(Protocol):
 
     Attributes:
         in_place: it may change a weight of 32 bits or more itself.
+        advances: it has `advance_(grad, state, group) -> (step_size, eps)`: moments M and V that are float32 or wider,
+            so that step_size * M / (sqrt(V) + eps) is its update.
     """
 
     in_place: bool
+    advances: bool
 
     def __call__(
         self, targets: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, params: list[Tensor]
@@ -52,6 +55,7 @@ class Decaying:
     """Decoupled weight decay, for rules: GaLore's `scale` has no part in it."""
 
     in_place = True
+    advances = False
 
     def check(self, group: dict) -> None:
         """Accept every group."""
@@ -68,3 +72,11 @@ class Decaying:
         """Return (1, kept), or (kept, kept) where decay comes after the update."""
         kept = self.kept(p, state, group) if group["weight_decay"] else 1.0
         return (1.0, kept) if self.decays_first(group) else (kept, kept)
+
+
+def count_(rule: Rule, state: dict[str, Any], grad: Tensor, group: dict, height: int | None = None) -> None:
+    """Count an update in a state, which is made first if it is not there; `height` as for `Rule.init`."""
+    if "step" not in state:
+        state["step"] = 0
+        rule.init(state, grad, group, height)
+    state["step"] += 1

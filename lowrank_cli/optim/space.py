@@ -6,6 +6,7 @@ its gradient are (m, n), or of any shape in the space here.
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli.ops.precision import wide
+from lowrank_cli.optim.rules import Rule, count_
 from lowrank_cli.optim.write import add_
 from lowrank_cli.parallel.shards import Whole, layout
 
 if TYPE_CHECKING:
     from lowrank_cli.optim.optimizer import LowRankOptimizer
-    from lowrank_cli.optim.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,27 @@ class Space:
     Attributes:
         weight: the parameter, or this process's rows of it.
         group: its group's settings in the optimizer, live.
-        optimizer: whose state it shares.
         name: for messages.
         place: among the spaces that are not of this class, for seeds and turns.
         layout: how the tensor lies over processes.
         small: the small gradient that has been collected, by part; empty where `.grad` is the gradient.
         leaves: stand for the weight in the graph of layers that are attached.
+        is_attached: such layers give this tensor's gradient.
         on_arrival: called when a backward pass has given this tensor all of its small gradient.
     """
 
     always_full = False  # it needs the full gradient at every update, and gets it whole
 
     def __init__(self, weight: Tensor, group: dict, optimizer: LowRankOptimizer):
-        self.weight, self.group, self.optimizer = weight, group, optimizer
+        self.weight, self.group = weight, group
+        # the optimizer holds its spaces: a strong reference back would keep both until the next garbage collection
+        mine = weakref.ref(self)
+        self._optimizer = weakref.ref(optimizer, lambda _: (space := mine()) and space.orphaned())
         self.layout: Whole = layout(weight)
         self.name, self.place = "", 0
         self.small: list[Tensor] = []
         self.leaves: list[Tensor] = []
+        self.is_attached = False
         self.on_arrival: Callable[[], None] = _nothing
 
     @classmethod
@@ -93,6 +98,11 @@ class Space:
         """Complete a group's settings; raises ValueError for one that cannot be."""
 
     # ---- the gradient
+
+    @property
+    def optimizer(self) -> LowRankOptimizer:
+        """The optimizer whose space this is."""
+        return self._optimizer()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -132,6 +142,8 @@ class Space:
     def clear(self) -> None:
         """Forget the gradients that have been collected: an update was made, or will not be."""
         self.small = []
+        for leaf in self.leaves:
+            leaf.grad = None
         self.settle()
 
     # ---- one update
@@ -150,10 +162,7 @@ class Space:
     def moved(self, part: Part, rule: Rule) -> Move:
         """Return what the rule makes of a part, with its state advanced."""
         with self.state_of(part) as state:
-            if "step" not in state:
-                state["step"] = 0
-                rule.init(state, part.grad, self.group, part.height)
-            state["step"] += 1
+            count_(rule, state, part.grad, self.group, part.height)
             settings = self.group if part.rate == 1 else self.group | {"lr": self.group["lr"] * part.rate}
             update = torch.zeros_like(part.grad, dtype=wide(part.grad.dtype))
             rule([update], [part.grad.to(update.dtype)], [state], settings, [part.target])
@@ -204,15 +213,21 @@ class Space:
 
         R = G Q is the gradient of Z in W + Z Q^T at Z = 0. A leaf takes no memory: one zero, expanded.
         """
-        if [leaf.shape for leaf in self.leaves] != [torch.Size(shape) for shape in shapes]:
-            zero = torch.zeros((), dtype=wide(self.weight.dtype), device=self.weight.device)
+        dtype, device = wide(self.weight.dtype), self.weight.device
+        wanted = [(torch.Size(shape), dtype, device) for shape in shapes]
+        if [(leaf.shape, leaf.dtype, leaf.device) for leaf in self.leaves] != wanted:
+            zero = torch.zeros((), dtype=dtype, device=device)
             self.leaves = [zero.expand(shape).requires_grad_() for shape in shapes]
+            mine = weakref.ref(self)
             for leaf in self.leaves:
-                leaf.register_post_accumulate_grad_hook(self._arrived)
+                leaf.register_post_accumulate_grad_hook(lambda _: (space := mine()) and space._arrived())
         return self.leaves
 
+    def orphaned(self) -> None:
+        """The optimizer is gone: the layers are ordinary ones from now on."""
+
     @torch.no_grad()
-    def _arrived(self, _: Tensor) -> None:
+    def _arrived(self) -> None:
         """A backward pass has given a leaf its gradient."""
         parts = [leaf.grad for leaf in self.leaves]
         if any(part is None for part in parts):

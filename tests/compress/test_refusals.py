@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -201,7 +200,7 @@ def test_a_signal_leaves_no_decompositions_and_says_how_the_run_ended(number, co
 
     def stopped(model, targets, ranks, store, form):
         assert list(Path("run").glob(".decompositions.*/*.safetensors"))
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         pytest.fail("went on")
 
     monkeypatch.setattr(pipeline, "Store", lambda folder: decomposition.Store(folder, budget=0))

@@ -1,5 +1,6 @@
 """VeLoRA: the factored gradient and Adam against reconstruction and dense Adam, and what is really kept."""
 
+import copy
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_cli.methods.velora.layer import Compressor
 from lowrank_cli.methods.velora.layer import VeLoRA as Layer
 from lowrank_cli.methods.velora.space import Factored
+from lowrank_cli.ops.projected_linear import Handle
 from lowrank_cli.optim.gradients import Gradients
 
 pytestmark = pytest.mark.numerical
@@ -48,7 +50,7 @@ def test_backward_is_the_papers_reconstruction(groups, size, out, tokens, scale,
     layer = Layer(linear, Compressor(groups, "batch_average_once", 0), scale)
     leaf = torch.zeros(out, groups, dtype=torch.float64, requires_grad=True)
     if factored:
-        layer.space = SimpleNamespace(leaves=[leaf])
+        layer.handle = Handle(SimpleNamespace(leaves=[leaf], weight=linear.weight))
     x = normal(2, tokens, groups * size).requires_grad_()
     x2 = x.detach().clone().requires_grad_()
     dy = normal(2, tokens, out)
@@ -272,3 +274,22 @@ def test_wraps_bert_like_models():
     method = methods.get("velora")(methods.get("velora").Config())
     names = {name.split(".", 2)[2] for name in method.targets(BertModel(config))}
     assert names == {"0.attention.self.value", "0.output.dense"}
+
+
+def test_a_weight_in_anothers_place_and_a_copy_get_gradients_of_their_own():
+    linear = nn.Linear(12, 5, bias=False).double()
+    Layer(linear, Compressor(3, "batch_average_once", 0), 1.0)
+    optimizer = GaLoreAdamW([{"params": [("weight", linear.weight)], "space": Factored, "num_groups": 3}], lr=1e-2)
+    Gradients(linear, optimizer, per_layer=False, clipping=0.0)
+    x = normal(4, 12) + 1
+    other = normal(5, 12).requires_grad_()
+    torch.func.functional_call(linear, {"weight": other}, (x,)).square().sum().backward()
+    assert other.grad is not None
+    assert not optimizer.low_rank_grads
+    twin = copy.deepcopy(linear)
+    twin(x).square().sum().backward()
+    assert twin.weight.grad is not None
+    assert not optimizer.low_rank_grads
+    linear(x).square().sum().backward()
+    assert linear.weight.grad is None
+    assert optimizer.low_rank_grads[linear.weight].shape == (5, 3)

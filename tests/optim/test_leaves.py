@@ -1,6 +1,9 @@
 """Small gradients in backward are autograd's own: the reference is the same loop with ordinary linears."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -183,11 +186,10 @@ def test_under_autocast():
     assert far(run(True), run(False)) < 8 * 2**-8
 
 
-@pytest.mark.parametrize("in_backward", [False, True])
-def test_a_grad_scaler_scales_and_skips(in_backward):
+def test_a_grad_scaler_scales_and_skips_as_torchs_own():
     def run(scaled):
         model = model_of()
-        optimizer = optimizer_of(model, in_backward=in_backward)
+        optimizer = optimizer_of(model, in_backward=False)
         Gradients(model, optimizer, per_layer=False, clipping=0.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=scaled)
         for step in range(10):
@@ -205,35 +207,58 @@ def test_a_grad_scaler_scales_and_skips(in_backward):
     assert far(run(True), run(False)) < 1e-9
 
 
-def test_a_scale_that_is_gone_is_refused():
+@pytest.mark.parametrize("unscaling", [False, True])
+@pytest.mark.parametrize(("per_layer", "in_backward"), [(False, True), (True, False)])
+def test_a_grad_scaler_is_refused_where_it_does_not_see_the_gradients(per_layer, in_backward, unscaling):
     model = model_of()
-    optimizer = optimizer_of(model)
-    Gradients(model, optimizer, per_layer=False, clipping=0.0)
+    optimizer = optimizer_of(model, in_backward=in_backward)
+    Gradients(model, optimizer, per_layer=per_layer, clipping=0.0)
     scaler = torch.amp.GradScaler("cpu")
     for step in range(2):
         optimizer.zero_grad()
         scaler.scale(plain(model, step)).backward()
-        scaler.unscale_(optimizer)
-        if step:
-            with pytest.raises(ValueError, match="unscale_ does not see"):
+        if step or per_layer:
+            if unscaling and not per_layer:
+                scaler.unscale_(optimizer)
+            with pytest.raises(ValueError, match="GradScaler sees `.grad` only"):
                 scaler.step(optimizer)
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+            return
+        scaler.step(optimizer)
+        scaler.update()
 
 
 class Wrapped:
     """What Accelerate makes of an optimizer."""
 
     def __init__(self, optimizer):
-        self.optimizer = optimizer
+        self.optimizer, self.steps = optimizer, 0
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def zero_grad(self, **how):
+        self.optimizer.zero_grad(**how)
+
+    def step(self):
+        self.steps += 1
+        self.optimizer.step()
 
 
-def test_a_wrapped_optimizer_is_looked_into():
+@pytest.mark.parametrize("inner", [optimizer_of, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)])
+def test_a_wrapped_optimizer_is_looked_into_and_stepped_by_its_wrapper(inner):
     model = model_of()
-    optimizer = optimizer_of(model)
-    Gradients(model, Wrapped(optimizer), per_layer=False, clipping=0.0)
-    assert type(model[0]) is ProjectedLinear
+    wrapped = Wrapped(inner(model))
+    gradients = Gradients(model, wrapped, per_layer=False, clipping=0.0)
+    ours = isinstance(wrapped.optimizer, GaLoreAdamW)
+    assert (type(model[0]) is ProjectedLinear) == ours
+    plain(model, 0).backward()
+    gradients.step()
+    assert wrapped.steps == 1
+
+
+def test_an_optimizer_without_a_step_for_one_tensor_is_refused_per_layer():
+    model = model_of()
     with pytest.raises(ValueError, match="SGD cannot step one tensor"):
         Gradients(model_of(), torch.optim.SGD(model.parameters(), lr=0.1), per_layer=True, clipping=0.0)
 
@@ -290,3 +315,133 @@ def test_torchs_ddp_is_refused_where_it_would_sum_nothing(per_layer, in_backward
         Gradients(parallel, optimizer_of(model, in_backward=False), per_layer=False, clipping=0.0)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_second_optimizer_takes_the_layers_over():
+    def run(again):
+        model = model_of()
+        optimizer = optimizer_of(model)
+        gradients = Gradients(model, optimizer, per_layer=False, clipping=0.0)
+        for step in range(2):
+            plain(model, step).backward()
+            gradients.step()
+        if not again:
+            gradients.close()
+        optimizer = optimizer_of(model)
+        second = Gradients(model, optimizer, per_layer=False, clipping=0.0)
+        if again:
+            second = Gradients(model, optimizer, per_layer=False, clipping=0.0)
+        for step in range(2, 6):
+            plain(model, step).backward()
+            second.step()
+        return list(model.parameters())
+
+    assert far(run(True), run(False)) == 0
+
+
+def test_an_optimizer_that_is_gone_leaves_ordinary_layers_and_no_memory():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    plain(model, 0).backward()
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    # at once: what is left for the garbage collector meets the next optimizer's state on a GPU
+    assert gone() is None
+    optimizer = optimizer_of(model)
+    gradients = Gradients(model, optimizer, per_layer=False, clipping=0.0)
+    plain(model, 0).backward()
+    gradients.step()
+    model.zero_grad = None
+    del optimizer, gradients
+    gc.collect()
+    plain(model, 1).backward()
+    assert model[0].weight.grad is not None
+
+
+def test_a_copied_or_pickled_model_is_made_of_ordinary_layers():
+    model = model_of()
+    Gradients(model, optimizer_of(model), per_layer=False, clipping=0.0)
+    assert type(model[0]) is ProjectedLinear
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin[0]) is nn.Linear
+        assert "handle" not in vars(twin[0])
+        assert torch.equal(twin[0].weight, model[0].weight)
+
+
+def test_a_hook_on_the_weight_gets_the_full_gradient():
+    def masked(model, step):
+        if step == 2:
+            model[0].weight.register_hook(lambda grad: grad * (torch.arange(32) % 2)[:, None])
+
+    ours, theirs = (trained(plain, ours, {}, before=masked) for ours in (True, False))
+    assert far(ours, theirs) < 1e-9
+
+
+def test_closing_leaves_what_was_made_of_the_layers_meanwhile():
+    model = model_of()
+    gradients = Gradients(model, optimizer_of(model), per_layer=False, clipping=0.0)
+    held = model[2].forward
+    parametrize.register_parametrization(model[0], "weight", Half(), unsafe=True)
+    gradients.close()
+    assert model(draw(0)).shape == (6, 16)
+    assert held(draw(0, 6, 32)).shape == (6, 16)
+
+
+def test_an_interrupted_step_leaves_nothing_behind(monkeypatch):
+    model = model_of()
+    optimizer = optimizer_of(model)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(optimizer.rule), "__call__", lambda *_: (_ for _ in ()).throw(MemoryError))
+        plain(model, 0).backward()
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    model.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    other = model_of()
+    fresh = optimizer_of(other)
+    for m, o in ((model, optimizer), (other, fresh)):
+        o.zero_grad()
+        for step in range(1, 4):
+            o.zero_grad()
+            plain(m, step).backward()
+            o.step()
+    assert far(list(model.parameters()), list(other.parameters())) == 0
+
+
+def test_a_gradient_in_parts_is_refused_per_layer():
+    model = nn.Linear(16, 16).double()
+    optimizer = GaLoreAdamW([{"params": [model.weight], "rank": 4, "update_proj_gap": 9}], lr=1e-2)
+    Gradients(model, optimizer, per_layer=True, clipping=0.0)
+    x = draw(0, 4, 16).requires_grad_()
+    once = checkpoint(model, x, use_reentrant=True)
+    with pytest.raises(ValueError, match="in several parts of one backward pass"):
+        checkpoint(model, once, use_reentrant=True).square().sum().backward()
+
+
+def test_a_tensor_that_was_put_into_a_group_by_hand_trains():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    late = nn.Parameter(draw(3, 24, 8))
+    optimizer.param_groups[1]["params"].append(late)
+    before, late.grad = late.detach().clone(), draw(4, 24, 8)
+    plain(model, 0).backward()
+    optimizer.step()
+    assert not torch.equal(late, before)
+
+
+def test_a_models_own_zero_grad_is_called_too():
+    class Own(nn.Sequential):
+        calls = 0
+
+        def zero_grad(self, set_to_none=True):
+            self.calls += 1
+            super().zero_grad(set_to_none)
+
+    model = Own(*model_of())
+    gradients = Gradients(model, optimizer_of(model), per_layer=False, clipping=0.0)
+    model.zero_grad()
+    gradients.close()
+    model.zero_grad()
+    assert model.calls == 2

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowrank_cli.ops.precision import cut, wide
+from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim.projected import Projected
 from lowrank_cli.optim.projection import project
 from lowrank_cli.optim.space import Move, Part
@@ -91,11 +91,11 @@ class Normalised(Projected):
         self.direction()
         super().adopt(bases, alive, calm)
 
-    def gradient(self) -> list[Part]:
-        parts, (grad,) = super().gradient(), self.small
-        self.small = []
-        state = self.state
-        return [*parts, Part(cut(grad), state["magnitude"], self.layout.height(grad, {}), "magnitude_", self.rate)]
+    def parts(self, grads: list[Tensor], bases: dict[str, Tensor]) -> list[Part]:
+        direction, grad = grads
+        magnitude = self.state["magnitude"]
+        of_magnitude = Part(grad, magnitude, self.layout.height(grad, {}), "magnitude_", self.rate)
+        return [*super().parts([direction], bases), of_magnitude]
 
     @property
     def rate(self) -> float:

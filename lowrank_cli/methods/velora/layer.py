@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_cli.methods.velora.linear import compress, velora_linear
 from lowrank_cli.ops.precision import wide
+from lowrank_cli.ops.projected_linear import Handle
 from lowrank_cli.parallel.replicas import Replicas
 
 FROZEN = ("batch_average_once", "random", "svd")
@@ -96,7 +96,7 @@ class VeLoRA:
 
     def __init__(self, module: nn.Linear, compressor: Compressor, scale: float):
         self.module, self.compressor, self.scale = module, compressor, scale
-        self.space: Any = None  # that takes the gradient as a factor
+        self.handle = Handle()  # to the space that takes the gradient as a factor
         compressor.users += 1
         module.factored_gradient = self
         module.forward = self.forward
@@ -111,5 +111,6 @@ class VeLoRA:
         if not (torch.is_grad_enabled() and module.training and module.weight.requires_grad):
             return nn.functional.linear(x, module.weight, module.bias)
         kept, vector = self.compressor(x)
-        (leaf,) = self.space.leaves if self.space is not None else (None,)
+        factored = self.handle.serves(module.weight) and not module.weight._backward_hooks
+        (leaf,) = self.handle.space.leaves if factored else (None,)
         return velora_linear(x, module.weight, module.bias, kept, vector, self.scale, leaf)

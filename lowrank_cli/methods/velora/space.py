@@ -12,13 +12,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lowrank_cli.ops.precision import cut, wide
+from lowrank_cli.ops.projected_linear import Handle
 from lowrank_cli.optim import kernels
+from lowrank_cli.optim.rules import Rule, count_
 from lowrank_cli.optim.space import Part, Space
 from lowrank_cli.optim.write import ROWS, add_
 
 if TYPE_CHECKING:
     from lowrank_cli.optim.optimizer import LowRankOptimizer
-    from lowrank_cli.optim.rules import Rule
 
 
 class Factored(Space):
@@ -30,6 +31,7 @@ class Factored(Space):
     def __init__(self, weight: Tensor, group: dict, optimizer: LowRankOptimizer):
         super().__init__(weight, group, optimizer)
         self.vector: Callable[[], Tensor] | None = None
+        self._layer: Any = None
 
     @property
     def wants_full_gradient(self) -> bool:
@@ -37,13 +39,16 @@ class Factored(Space):
 
     def made_small(self, grad: Tensor) -> list[Tensor]:
         # of a layer in eval mode, say: what v sees of a dense gradient
-        if self.vector is None or (vector := self.vector()) is None:
-            raise ValueError(f"{self.name} has a gradient before its layer has found a projection vector")
+        vector = self.vector()
         return [grad.unflatten(-1, (-1, len(vector))) @ vector.to(grad.dtype)]
 
     def zeros(self) -> list[Tensor]:
         shape = self.weight.shape[0], self.group["num_groups"]
         return [torch.zeros(shape, dtype=wide(self.weight.dtype), device=self.weight.device)]
+
+    def ready(self) -> None:
+        if self.has_gradient and (self.vector is None or self.vector() is None):
+            raise ValueError(f"{self.name} has a gradient before its layer has found a projection vector")
 
     def gradient(self) -> list[Part]:
         if self.weight.grad is not None:
@@ -53,15 +58,12 @@ class Factored(Space):
 
     def step_(self, rule: Rule) -> None:
         (part,), state, group = self.gradient(), self.state, self.group
-        if "step" not in state:
-            state["step"] = 0
-            rule.init(state, part.grad, group, part.height)
-        state["step"] += 1
+        count_(rule, state, part.grad, group, part.height)
         vector = self.vector()
         if kernels.factored_(self.weight, part.grad, vector, state, rule, group):
             return
         alpha, beta = rule.factors(self.weight, state, group)
-        if hasattr(rule, "advance_"):
+        if rule.advances:
             step_size, eps = rule.advance_(part.grad, state, group)
             moments = state["exp_avg"], state["exp_avg_sq"]
             factored_adamw_(self.weight, *moments, vector, step_size=alpha * step_size, eps=eps, beta=beta,
@@ -76,12 +78,22 @@ class Factored(Space):
         layer = getattr(module, "factored_gradient", None)
         if layer is None:
             return False
-        layer.space, self.vector = self, layer.current_vector
-        self.leaves_for([(self.layout.shape[0], self.group["num_groups"])])
+        layer.handle, self.vector = Handle(self), layer.current_vector
+        self._layer = layer
+        self.settle()
         return True
 
     def detach(self, module: nn.Module) -> None:
-        module.factored_gradient.space = None
+        if self._layer is not None:
+            self._layer.handle.space = self._layer = None
+
+    def orphaned(self) -> None:
+        if self._layer is not None:
+            self._layer.handle.space = None
+
+    def settle(self) -> None:
+        if self._layer is not None:
+            self.leaves_for([(self.layout.shape[0], self.group["num_groups"])])
 
     def check_loaded(self, state: dict[str, Any], group: dict) -> None:
         """Accept any: the shape of F is the layer's."""
