@@ -70,6 +70,9 @@ class OptimConfig:
     )
     stochastic_rounding: bool = option(False, "round bfloat16 weights up or down at random, so that no update is lost")
     lr: float = option(1e-3, "peak learning rate", above=0, max=10)
+    lr_other: float | None = option(
+        None, "peak of what is outside the layers' linears: embedding, head, norms; --lr unless given", above=0, max=10
+    )
     beta1: float = option(0.9, "decay of the first moment", min=0, below=1)
     beta2: float = option(0.999, "decay of the second moment", min=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", min=0)

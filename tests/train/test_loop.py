@@ -275,3 +275,19 @@ def test_a_length_given_twice_is_an_error():
     resolved = config.resolve("pretrain", {"max_steps": 3, "epochs": 1}, {})
     with pytest.raises(UsageError, match="the length is given twice: --max-steps and --epochs"):
         plan.make(resolved, 10)
+
+
+@pytest.mark.parametrize("method", ["full", "galore", "galore+velora"])
+def test_what_is_outside_the_layers_linears_may_have_a_rate_of_its_own(method, lowrank, tiny_flags):
+    starts = {}
+    for rate in ("", "--lr-other 0.003"):
+        code, _, err = lowrank(
+            f"pretrain --method {method} --lr 0.03 {rate} --max-steps 1 --out run{len(starts)}", *tiny_flags
+        )
+        assert code == 0, err
+        starts[rate] = load_file(f"run{len(starts)}/model/model.safetensors")
+    one, two = starts.values()
+    same = {name for name in one if one[name].equal(two[name])}
+    # after one update that which has its rate ends where it did, and the rest a tenth as far from where it began
+    inside = {name for name in one if name.endswith("_proj.weight")}
+    assert same == inside
