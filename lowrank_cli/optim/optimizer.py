@@ -173,7 +173,7 @@ class LowRankOptimizer(Loading, torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` divides by GradScaler's scale, which asks first: no.
+        """Return False: GradScaler, which asks before each step, divides `.grad` itself.
 
         Raises:
             ValueError: there are gradients that it does not see.

@@ -36,7 +36,7 @@ OPTIONS = {
 CASES = [(name, how) for name, (_, hows) in OPTIONS.items() for how in hows.split()]
 # one for every way in which what is summed, sent or cut differs
 QUICK = {
-    ("clipped", "ddp"), ("per-layer-clipped", "fsdp"), ("two-sided", "fsdp"), ("gram", "fsdp"),
+    ("clipped", "ddp"), ("per-layer-clipped", "fsdp"), ("gram", "fsdp"),
     ("moving-vector", "ddp"), ("normed-left", "fsdp"),
 }  # fmt: skip
 ON_TWO = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
@@ -92,7 +92,8 @@ def test_accumulation_of_padded_rows(line, how, train):
     assert_same_training(train(2, f"{line} --packing padded --parallel {how}", total=32), one)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_rows_that_do_not_divide(optimizer, train, tmp_path):
     """Three heads of ten, 90 features, a vocabulary of 509: on four processes the last has fewer rows, or none."""
     config = tmp_path / "odd.json"

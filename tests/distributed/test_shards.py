@@ -112,7 +112,8 @@ def test_numbers_scattered_are_those_of_the_projected_gradients(name, first, eac
         assert 2 * scattered == 4 * (first + 5 * each)
 
 
-@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 def test_saved_on_some_processes_and_resumed_on_others(kind, ranks, train, tmp_path):
     # in float64: processes that sum in another order give the same weights up to its rounding
     double = {"before": "import watched; watched.in_worker(undo, rank)"}
@@ -173,8 +174,8 @@ FINETUNE = "finetune --max-length 96 --template plain --no-plots --eval-tokens 2
 @pytest.mark.parametrize(
     "method",
     [
-        "lora --lora-dropout 0.1 --merge",
-        pytest.param("vblora", marks=pytest.mark.slow),
+        pytest.param("lora --lora-dropout 0.1 --merge", marks=pytest.mark.slow),
+        "vblora",
         pytest.param("gradnormlorp --gradnormlorp-update-proj-gap 7", marks=pytest.mark.slow),
     ],
 )
@@ -199,6 +200,7 @@ def test_a_task_is_judged_and_its_best_weights_are_kept(ranks, base, test_data, 
     assert distance(a, b, written(tmp_path / "one.safetensors", "start")) < BOUND
 
 
+@pytest.mark.slow
 def test_16_bits(train):
     one, _ = train(1, f"{PLAIN} --dtype bfloat16", steps=8)
     two, _ = train(2, f"{PLAIN} --dtype bfloat16", steps=8)

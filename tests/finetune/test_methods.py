@@ -33,7 +33,8 @@ def test_vblora_learns_what_the_records_teach(lowrank, flags):
     assert result["validation_loss"] == min(losses)
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("vblora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "vblora"])
 def test_killed_run_leaves_whole_files_and_goes_on(method, lowrank, process, flags):
     line = f"--method {method} --max-steps 40 --save-every 2 --eval-every 40"
     whole = finetune(lowrank, f"{line} --out whole", *flags)
