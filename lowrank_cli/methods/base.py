@@ -51,6 +51,7 @@ class Method:
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model preset -> settings of this method
     refuses: ClassVar[dict[str, str]] = {}  # flag as it is typed, such as --per-layer -> why it does not go with this
     instead_of_full: ClassVar[frozenset[str]] = frozenset()  # commands whose budget search proposes this method
+    trains_linears: ClassVar[bool] = True  # or what trains is no layer's weight
     adapter: ClassVar[bool] = False  # the base is frozen; what trains is saved apart from it, as PEFT's files
     command: str = ""  # the one that runs it, for what differs between them; `apply_methods` sets it
 

@@ -49,6 +49,7 @@ class VBLoRA(Method):
         "--per-layer": "every linear takes its factors from the same bank, so no gradient is whole before the last one"
     }
     adapter = True
+    trains_linears = False
     # the head's, for RoBERTa-base on SST-2 and MRPC; bank and logits have their own
     defaults = {"lr": 4e-3, "scheduler": "linear"}
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
+from lowrank_cli import methods
 from lowrank_cli.errors import UsageError
 from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Memory, Method
@@ -30,6 +31,7 @@ from lowrank_cli.optim import state_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lowrank_cli.config import RunConfig
     from lowrank_cli.parallel.replicas import Alone
 
 # the letters of the paper's tables, for LLaMA-like names and for BERT-like ones
@@ -70,6 +72,14 @@ class VeLoRA(Method):
             "batch_average_once", "the vector: batch_average_once as in the paper, batch_average, ema_0.9, random, svd"
         )
         scale: float = option(1.0, "factor of the weight's gradient; it cancels under Adam", above=0)
+
+    def check(self, run: RunConfig) -> None:
+        other = next((name for name in run.methods if not methods.get(name).trains_linears), None)
+        if other is not None:
+            raise UsageError(
+                f"velora makes small what trained linears keep for backward, and {other} trains none",
+                f"take --method {other} alone, or lora+velora",
+            )
 
     def wrap(self, model: nn.Module) -> None:
         import zlib
