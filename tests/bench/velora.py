@@ -73,18 +73,17 @@ def layer_rows(settings: Settings) -> list[Comparison]:
     x, dy = torch.randn(BATCH, length, n), torch.randn(BATCH, length, m) / (BATCH * length)
     vector = nn.functional.normalize(x.reshape(-1, n // groups).mean(0), dim=0)
     kept = compress(x, vector)  # (B, T, G)
-    factors: list[Tensor] = []
+    leaf = torch.zeros((), dtype=torch.float32).expand(m, groups).requires_grad_()
 
     def forward(side: str, x: Tensor) -> Tensor:
         if side == OURS:
-            return velora_linear(x, weight, None, kept, vector, 1.0, factors.append)
+            return velora_linear(x, weight, None, kept, vector, 1.0, leaf)
         if side == PLAIN:
             return nn.functional.linear(x, weight)
         return Rebuilding.apply(x, weight, kept, vector, side == SAMPLES)
 
     def seconds(side: str) -> float:
-        weight.grad = None
-        factors.clear()
+        weight.grad = leaf.grad = None
         y = forward(side, x.detach().requires_grad_())
         start = time.perf_counter()
         y.backward(dy)
@@ -94,7 +93,7 @@ def layer_rows(settings: Settings) -> list[Comparison]:
     grads = {}
     for side in sides:
         seconds(side)
-        grads[side] = weight.grad if side != OURS else (factors[0].unsqueeze(-1) * vector).flatten(1)
+        grads[side] = weight.grad if side != OURS else (leaf.grad.unsqueeze(-1) * vector).flatten(1)
     for side in (REBUILT, SAMPLES):
         if not torch.allclose(grads[side], grads[OURS], atol=1e-5 * float(grads[OURS].abs().max())):
             raise RuntimeError(f"the gradient of {side} is another one")

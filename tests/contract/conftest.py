@@ -213,6 +213,10 @@ def compressed_base(once, trained_base) -> Path:
 
     def write(folder: Path) -> None:
         flags = ["--model", trained_base, "--eval-tokens", 0, "--max-length", 64, "--no-plots", "--out", folder, "-q"]
+        for name in methods.names():
+            if "allocation" in {f.name for f in fields(methods.get(name).Config)}:
+                # every linear becomes one of low rank: whatever else wants to train one finds it
+                flags += [f"--{name}-allocation", "uniform"]
         assert main(["compress", *map(str, flags)]) == 0
 
     return once("contract-compressed", write) / "model"
