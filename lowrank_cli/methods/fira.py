@@ -30,7 +30,7 @@ GROWTH = 1.01
 class Fira(GaLore):
     title = "Fira"
     paper = "https://arxiv.org/abs/2410.01623"
-    summary = "GaLore, with the rest of the gradient scaled as Adam scaled the part inside"
+    summary = "GaLore, with the rest of the gradient scaled as its part is"
     instead_of_full = frozenset()  # where GaLore does not fit, this one does not either
 
     @dataclass(frozen=True)
