@@ -23,8 +23,11 @@ def assert_error(result, code: int, *parts: str) -> None:
     assert out == ""
 
 
+KNOWN = f"methods: {', '.join(methods.names())}"
+
+
 @pytest.mark.parametrize(("line", "parts"), [
-    ("--method galroe", ["unknown method 'galroe'", "did you mean 'galore'?", f"methods: {', '.join(methods.names())}"]),
+    ("--method galroe", ["unknown method 'galroe'", "did you mean 'galore'?", KNOWN]),
     ("--method galore+full", ["galore and full do not combine"]),
     ("--method galore+galore", ["galore is named twice in galore+galore"]),
     ("--preset galore-llama-6m", ["unknown preset 'galore-llama-6m'", "did you mean 'galore-llama-60m'?"]),
@@ -92,7 +95,7 @@ def test_config_file(lowrank):
     ("1: 3", ["a.yaml has the key 1"]),
     ("method: galore\ngalore: {2: 3}", ["a.yaml has the key 2"]),
     ("method: galore\ngalore: 3", ["galore in a.yaml is 3", "below it"]),
-    ("method: [galore]", ["method in a.yaml is ['galore']", f"methods: {', '.join(methods.names())}"]),
+    ("method: [galore]", ["method in a.yaml is ['galore']", KNOWN]),
     ("method:", ["method in a.yaml is None"]),
     ("lr: {a: 1}", ["lr in a.yaml is {'a': 1}", "takes a number"]),
     ("galroe: {rank: 1}", ["unknown method 'galroe'", "did you mean 'galore'?"]),
