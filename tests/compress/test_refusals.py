@@ -205,7 +205,12 @@ def test_a_signal_leaves_no_decompositions_and_says_how_the_run_ended(number, co
 
     monkeypatch.setattr(pipeline, "Store", lambda folder: decomposition.Store(folder, budget=0))
     monkeypatch.setattr(pipeline, "factor", stopped)
-    said = compress("--welore-rank 50 --welore-calibrate stories.txt --out run", code=130)
+    # a suite that a shell has put into the background has it ignored
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        said = compress("--welore-rank 50 --welore-calibrate stories.txt --out run", code=130)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert "no model was written" in said
     assert not list(Path("run").glob(".*"))
     assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
