@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowrank_cli import console
 from lowrank_cli.config import RunConfig
@@ -14,6 +14,10 @@ from lowrank_cli.data.tasks import TASKS
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.evaluate.names import MT_BENCH, PPL, check
 from lowrank_cli.misfortune import check_writable
+
+if TYPE_CHECKING:
+    from lowrank_cli.evaluate.subject import Subject
+    from lowrank_cli.models.load import Head
 
 
 def names_of(text: str | None) -> list[str]:
@@ -41,7 +45,6 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
     check(name for name in names if name not in TASKS)
     console.quiet_libraries()
     from lowrank_cli.evaluate import harness, mt_bench, tasks, text_perplexity
-    from lowrank_cli.evaluate.subject import open_subject, result_folder
 
     batch_size = harness.batch_size_of(settings.batch_size)
     model, labels = _classifier(config, offline=offline)
@@ -56,15 +59,7 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
     }
     text = text_perplexity.read_text(settings, offline=offline) if PPL in names else None
     questions = mt_bench.read_questions(settings.questions, settings.limit) if MT_BENCH in names else []
-    subject = open_subject(
-        config.model,
-        device=config.common.device,
-        offline=offline,
-        memory_budget=settings.memory_budget,
-        seed=config.common.seed,
-    )
-    folder, suffix = result_folder(subject, out)
-    check_writable(folder / "eval")
+    subject, folder, suffix = _open(config, out, offline=offline)
     for name in names:
         if name == MT_BENCH:
             model_id = f"{folder.name}{suffix}"
@@ -92,6 +87,23 @@ def run(config: RunConfig, out: str | None) -> Iterator[tuple[dict[str, Any], Pa
         yield result, path
 
 
+def _open(config: RunConfig, out: str | None, *, offline: bool, head: Head | None = None) -> tuple[Subject, Path, str]:
+    """Load the model; returns it with the folder of its results, which can be written to, and their names' end."""
+    from lowrank_cli.evaluate.subject import open_subject, result_folder
+
+    subject = open_subject(
+        config.model,
+        device=config.common.device,
+        offline=offline,
+        memory_budget=config.harness.memory_budget,
+        seed=config.common.seed,
+        head=head,
+    )
+    folder, suffix = result_folder(subject, out)
+    check_writable(folder / "eval")
+    return subject, folder, suffix
+
+
 def _classifier(config: RunConfig, *, offline: bool) -> tuple[str, int]:
     """Return the model's name, and how many labels its head has: 0 for a language model."""
     from lowrank_cli.models.load import labels_of
@@ -111,20 +123,10 @@ def _labelled(
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
     """Evaluate a classifier on its own task."""
     from lowrank_cli.evaluate import harness, labelled
-    from lowrank_cli.evaluate.subject import open_subject, result_folder
 
     settings, task = config.harness, labelled.task_of(names, labels, model)
     asked = labelled.examples(task, settings, offline=offline)
-    subject = open_subject(
-        config.model,
-        device=config.common.device,
-        offline=offline,
-        memory_budget=settings.memory_budget,
-        seed=config.common.seed,
-        head=labelled.head(task),
-    )
-    folder, suffix = result_folder(subject, out)
-    check_writable(folder / "eval")
+    subject, folder, suffix = _open(config, out, offline=offline, head=labelled.head(task))
     result, answers = labelled.evaluate(subject, task, asked, settings, batch_size)
     stem = labelled.name_of(task, settings) + suffix
     path = harness.save(result, answers, folder, stem, samples=settings.samples)

@@ -87,6 +87,12 @@ def space() -> type[Space]:
             if any(p.dim() != 2 for p in group["params"]):
                 raise ValueError("apollo takes matrices")
 
+        def keeps(self, key: str) -> bool:
+            return key == "last_norm"
+
+        def check_loaded(self, state: dict, group: dict) -> None:
+            """Accept any: the moments are those of R, whose shape the group's rank says."""
+
         @property
         def side(self) -> str:
             return sides(self.layout.shape, "std")[0]

@@ -75,6 +75,9 @@ def space() -> type[Space]:
             self.inside = self.column_norms(part.grad)
             return [part]
 
+        def keeps(self, key: str) -> bool:
+            return super().keeps(key) or key == "last_norm"
+
         def expanded(self, small: Tensor) -> Tensor:
             bases = {side: basis.to(small.dtype) for side, basis in self.bases().items()}
             return expand(self.layout.expandable(small, bases), bases)

@@ -81,6 +81,12 @@ class Loading:
                 continue
             fresh: dict[str, Any] = {}
             self.rule.init(fresh, torch.empty(shape, dtype=p.dtype, device="meta"), own_group)
+            foreign = next((k for k in state if k != "step" and k not in fresh and not space.keeps(k)), None)
+            if foreign is not None:
+                raise ValueError(
+                    f"the state of {space.name} has {foreign}, which this group of {type(self).__name__} does not "
+                    "keep: it is of another optimizer, or of another method's group"
+                )
             for key, own in fresh.items():
                 there = state.get(key)
                 if not isinstance(there, Tensor) or there.shape != own.shape or there.dtype != own.dtype:

@@ -297,6 +297,9 @@ class Projected(Space):
 
     # ---- loading
 
+    def keeps(self, key: str) -> bool:
+        return key.startswith("basis_") or key in ("until_refresh", "refreshes", "gap", "calm")
+
     def check_loaded(self, state: dict[str, Any], group: dict) -> torch.Size | None:
         p, bases = self.weight, {}
         for side in sides(p.shape, group["proj_type"]):

@@ -136,8 +136,8 @@ class Space:
             self.small = [part.to(wide(part.dtype)) for part in parts]
 
     def zeros(self) -> list[Tensor]:
-        """Return the small gradient of a process that has none."""
-        raise NotImplementedError
+        """Return the small gradient of a process that has none: that of zeros, since `made_small` is linear."""
+        return [part.to(wide(part.dtype)) for part in self.made_small(torch.zeros_like(self.weight))]
 
     def clear(self) -> None:
         """Forget the gradients that have been collected: an update was made, or will not be."""
@@ -242,6 +242,10 @@ class Space:
         return [self.layout.summed(part) for part in parts]
 
     # ---- loading
+
+    def keeps(self, key: str) -> bool:
+        """Say whether an entry of the state is this space's own, beside `step` and what the rule keeps."""
+        return False
 
     def check_loaded(self, state: dict[str, Any], group: dict) -> torch.Size | None:
         """Look at a state that is to be loaded, if it is there.

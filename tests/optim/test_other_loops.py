@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowrank_cli import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_cli.methods.gradnormlorp.space import Normalised
 
 pytestmark = pytest.mark.numerical
 
@@ -223,3 +224,13 @@ def test_a_cut_tensor_of_fsdp_is_refused_before_anything_moves():
     p.device_mesh = object()  # what tells a DTensor
     with pytest.raises(ValueError, match="DTensor"):
         GaLoreAdamW([{"params": [p], "rank": 2}], lr=1e-2)
+
+
+def test_a_state_of_another_methods_group_is_refused_and_nothing_of_it_dropped():
+    p, q = nn.Parameter(draw(12, 9)), nn.Parameter(draw(12, 9))
+    normalised = GaLoreAdamW([{"params": [p], "rank": 2, "space": Normalised}])
+    train(normalised, [p], range(2))
+    projected = GaLoreAdamW([{"params": [q], "rank": 2}])
+    with pytest.raises(ValueError, match="which this group of GaLoreAdamW does not keep"):
+        projected.load_state_dict(copy.deepcopy(normalised.state_dict()))
+    assert not projected.state

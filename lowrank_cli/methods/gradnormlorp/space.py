@@ -83,6 +83,9 @@ class Normalised(Projected):
         self._direction = None
         super().clear()
 
+    def keeps(self, key: str) -> bool:
+        return super().keeps(key) or key in ("magnitude", "norm") or key.startswith("magnitude_")
+
     def dense_grad(self) -> Tensor:
         return self.direction().dense(self.weight.grad)
 
