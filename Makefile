@@ -12,7 +12,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # the same numbers as other processors would compute them
 PROCESSORS := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2
 
-.PHONY: demo test test-slow test-portable golden torture check bench clean
+.PHONY: demo test test-slow test-portable golden torture check bench worth clean
 
 demo: $(INSTALLED)  ## train a small LLaMA with GaLore on real text, about two minutes on two cores
 	$(BIN)/lowrank pretrain --method galore
@@ -39,6 +39,9 @@ torture: $(TESTABLE)  ## kills, full disks, broken numbers, bad input; TORTURE="
 check: $(TESTABLE)  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+worth: $(TESTABLE)  ## what every method is worth: make worth DATASET=DIR, for hours; goes on where it was stopped
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/worth.py --dataset $(DATASET) $(WORTH)
 
 bench: $(TESTABLE)  ## ratios against a peer, measured in alternation within one run
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/run.py

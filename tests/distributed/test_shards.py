@@ -187,6 +187,7 @@ def test_an_adapter_on_a_base_that_is_cut_resumes_bit_for_bit(method, ranks, bas
     assert all(weights(tmp_path / "two")[key].equal(t) for key, t in two.items())
 
 
+@pytest.mark.slow
 def test_a_task_is_judged_and_its_best_weights_are_kept(ranks, base, test_data, tmp_path):
     line = "finetune --task mrpc --method full --max-length 32 --no-plots --max-steps 6 --eval-every 2 --lr 0.001"
     more = ["--total-batch-size", 8, "--model", base, "--data-dir", test_data / "glue"]

@@ -114,10 +114,10 @@ undo.callback(setattr, loop, "backward", original)
 
 
 def test_a_killed_rank_takes_the_run_down_and_it_goes_on(process, ranks, flags, tmp_path, wait_for_step):
-    flags = [*flags, "--max-steps", 60, "--save-every", 5, "--nproc", 2]
+    flags = [*flags, "--max-steps", 30, "--save-every", 5, "--nproc", 2]
     ranks(2, *flags, "--out", "whole")
     child = process(*flags, "--out", "killed")
-    wait_for_step(tmp_path / "killed", 12, child)
+    wait_for_step(tmp_path / "killed", 7, child)
     members = psutil.Process(child.pid).children(recursive=True)
     victim = next(p for p in members if p.environ().get("RANK") == "1")
     victim.send_signal(signal.SIGKILL)

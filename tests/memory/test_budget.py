@@ -104,6 +104,7 @@ def entangled(config) -> int:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_plan_is_found_whenever_there_is_one_and_it_is_the_cheapest(pretraining):
     config = pretraining(batch_size=4, dtype="float32")
     search = Search(config, 0, lambda config: (entangled(config), 0))

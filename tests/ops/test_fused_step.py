@@ -104,7 +104,7 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_hundred_steps_agree_with_float64(kernel_device, dtype, left, whole):
     # the library's product of 16 bit into float32 is CUDA's alone
     whole = whole and runs_library(dtype)
