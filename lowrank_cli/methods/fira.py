@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from lowrank_cli.fields import option
-from lowrank_cli.methods.galore import GaLore
+from lowrank_cli.methods.galore import ENGINES, REFRESH, GaLore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,7 @@ class Fira(GaLore):
         proj_type: str = option(
             "std", "side to project: std is the shorter one", choices=("std", "reverse_std", "left", "right")
         )
-        refresh: str = option(
-            "svd", "how a basis is found, as of galore", choices=("svd", "gram", "randomized", "subspace")
-        )
+        refresh: str = option("auto", REFRESH, choices=ENGINES)
         moments: str = option(
             "keep", "the moments at a refresh, as of galore", choices=("keep", "align", "rotate", "reset")
         )

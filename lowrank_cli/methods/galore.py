@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 RANKS = {"llama-9m": 32, "llama-20m": 64, "llama-35m": 96, "llama-40m": 104, "llama-60m": 128, "llama-71m": 128,
          "llama-100m": 160, "llama-130m": 256, "llama-250m": 192, "llama-350m": 256, "llama-1b": 512,
          "llama-3b": 640, "llama-7b": 1024}  # fmt: skip
+ENGINES = ("auto", "svd", "gram", "randomized", "subspace")
+REFRESH = "how a basis is found: svd as in the paper; auto is gram, or randomized where that would take long"
 
 
 class GaLore(Method):
@@ -62,11 +64,7 @@ class GaLore(Method):
             "side to project: std is the shorter one, full is both",
             choices=("std", "reverse_std", "left", "right", "full"),
         )
-        refresh: str = option(
-            "svd",
-            "how a basis is found: svd as in the paper; the others are many times faster",
-            choices=("svd", "gram", "randomized", "subspace"),
-        )
+        refresh: str = option("auto", REFRESH, choices=ENGINES)
         moments: str = option(
             "keep",
             "the moments at a refresh: kept as in the paper, kept with the basis's signs aligned to the old one's, "

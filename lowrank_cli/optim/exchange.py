@@ -241,7 +241,7 @@ class Replicated(Exchange):
         if ended == NOT_FINITE:
             raise FloatingPointError(f"the gradient of {space.name} is not finite at a refresh")
         if ended == KEPT:
-            console.warn(f"{space.group['refresh']} found no basis for {space.name}: the old one stays")
+            console.warn(f"{space.engine} found no basis for {space.name}: the old one stays")
 
 
 class Sharded(Replicated):
@@ -325,7 +325,7 @@ class Sharded(Replicated):
     def _by_gram(self, space: Projected) -> bool:
         """Say whether the Gram matrix is what the engine decomposes, and no larger than the gradient."""
         m, n = space.layout.shape
-        return space.group["refresh"] == "gram" and space.sides == ("right",) and m >= n
+        return space.engine == "gram" and space.sides == ("right",) and m >= n
 
     def held(self, weight: Tensor) -> Tensor:
         return self._part_of.get(weight, weight)

@@ -18,7 +18,7 @@ from lowrank_cli import console
 from lowrank_cli.ops.precision import cut, wide
 from lowrank_cli.ops.projected_linear import ProjectedLinear
 from lowrank_cli.optim.projection import project, sides, unfold
-from lowrank_cli.optim.refresh import ENGINES, find_basis, overlap
+from lowrank_cli.optim.refresh import CHOICES, engine_for, find_basis, overlap
 from lowrank_cli.optim.space import Move, Part, Space
 from lowrank_cli.optim.write import expand_add_
 from lowrank_cli.parallel.shards import layout
@@ -37,7 +37,7 @@ class Projected(Space):
 
     Keys of its groups, with galore-torch's behaviour as the default: `rank`; `update_proj_gap`, the updates between
     refreshes of the basis; `scale`, the paper's alpha; `proj_type`, the sides; `refresh`, an engine of
-    optim/refresh.py; `moments`, what becomes of them at a refresh: keep, align, rotate or reset; `stagger`: spread the
+    optim/refresh.py, or auto; `moments`, what becomes of them at a refresh: keep, align, rotate or reset; `stagger`: spread the
     refreshes over the gap; `lazy_refresh`: double the gap of a basis that has stopped moving; `in_backward`: let the
     model's linears form R without G, None where that takes fewer operations.
 
@@ -63,7 +63,7 @@ class Projected(Space):
             group.setdefault(key, value)
         if int(group["update_proj_gap"]) < 1:
             raise ValueError(f"update_proj_gap is {group['update_proj_gap']}; it must be at least 1")
-        for key, known in (("refresh", ENGINES), ("moments", MOMENTS)):
+        for key, known in (("refresh", CHOICES), ("moments", MOMENTS)):
             if group[key] not in known:
                 raise ValueError(f"{key} is {group[key]!r}; it is one of {', '.join(known)}")
         for p in group["params"]:
@@ -73,6 +73,11 @@ class Projected(Space):
     def sides(self) -> tuple[str, ...]:
         """The sides of the gradient that are projected."""
         return sides(self.layout.shape, self.group["proj_type"])
+
+    @property
+    def engine(self) -> str:
+        """The engine that finds this tensor's bases."""
+        return engine_for(self.group["refresh"], self.layout.shape)
 
     @property
     def is_due(self) -> bool:
@@ -230,7 +235,7 @@ class Projected(Space):
                 matrix,
                 group["rank"],
                 stands,
-                engine or group["refresh"],
+                engine or self.engine,
                 old,
                 seed=seed,
                 name=self.name,
@@ -292,7 +297,7 @@ class Projected(Space):
         elif now - clock.told > TELL_EVERY_S:
             projected = self.optimizer.projected
             left = sum(space.is_due for space in projected)
-            console.note(f"refreshing bases ({self.group['refresh']}): {left} of {len(projected)} to go")
+            console.note(f"refreshing bases ({self.engine}): {left} of {len(projected)} to go")
             clock.told = now
 
     # ---- loading

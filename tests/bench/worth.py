@@ -38,8 +38,8 @@ ROWS = {
     "velora": ("velora", LOW),
     "gradnormlorp": (f"gradnormlorp --gradnormlorp-{GAP}", MIDDLE),
     "fira": (f"fira --fira-{GAP}", MIDDLE),
-    "apollo": (f"apollo --apollo-{GAP}", MIDDLE),
-    "apollo, rank 1": (f"apollo --apollo-{GAP} --apollo-rank 1", MIDDLE),
+    "apollo": (f"apollo --apollo-{GAP}", HIGH),
+    "apollo, rank 1": (f"apollo --apollo-{GAP} --apollo-rank 1", HIGH),
 }
 SEEDS = (0, 1, 2)
 DIVERGED = re.compile("diverged|not finite|NaN")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lowrank_cli.optim.refresh import ENGINES, align, find_basis, overlap, subspace
+from lowrank_cli import GaLoreAdamW
+from lowrank_cli.optim.refresh import ENGINES, EXACT, align, engine_for, find_basis, overlap, subspace
 
 pytestmark = pytest.mark.numerical
 
@@ -170,3 +171,16 @@ def test_a_long_series_of_refreshes_says_how_far_it_is(monkeypatch):
         weight.grad = torch.randn(6, 4)
     optimizer.step()
     assert said == [f"refreshing bases (svd): {left} of 4 to go" for left in (3, 2, 1)]
+
+
+def test_auto_is_exact_up_to_a_size():
+    assert [engine_for("auto", shape) for shape in ((EXACT, 9999), (9999, EXACT + 1))] == ["gram", "randomized"]
+    assert engine_for("subspace", (9999, 9999)) == "subspace"
+    ends = []
+    for engine in ("auto", "gram"):
+        weight = torch.nn.Parameter(torch.zeros(20, 30))
+        optimizer = GaLoreAdamW([{"params": [weight], "rank": 4, "refresh": engine}], lr=0.1)
+        weight.grad = decaying(20, 30)
+        optimizer.step()
+        ends.append(weight.detach())
+    assert ends[0].equal(ends[1])

@@ -23,7 +23,7 @@ from lowrank_cli import console
 from lowrank_cli.errors import UsageError
 from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Memory, Method
-from lowrank_cli.methods.galore import RANKS, GaLore
+from lowrank_cli.methods.galore import ENGINES, RANKS, REFRESH, GaLore
 from lowrank_cli.optim import state_bytes
 
 if TYPE_CHECKING:
@@ -78,11 +78,7 @@ class GradNormLoRP(Method):
             "side to project: std is the shorter one, full is both; std in full mode, full in adapter mode",
             choices=("std", "reverse_std", "left", "right", "full"),
         )
-        refresh: str = option(
-            "svd",
-            "how a basis is found: svd as in the paper; the others are many times faster",
-            choices=("svd", "gram", "randomized", "subspace"),
-        )
+        refresh: str = option("auto", REFRESH, choices=ENGINES)
         moments: str = option(
             "keep",
             "the moments at a refresh: kept, kept with the basis's signs aligned to the old one's, rotated or reset",
