@@ -59,7 +59,9 @@ def run(lowrank, command: str) -> tuple[int, str]:
 
 
 @every_command
-@pytest.mark.parametrize("what", ["tokenizer", "configuration", pytest.param("both", marks=pytest.mark.slow), "kernel"])
+@pytest.mark.parametrize(
+    "what", ["tokenizer", "configuration", pytest.param("both", marks=pytest.mark.slow), "kernel"]
+)
 def test_code_beside_a_model_never_runs(command, what, model, lowrank):
     maps = {"AutoTokenizer": ["code.Thing", None], "AutoConfig": "code.Thing", "AutoModelForCausalLM": "code.Thing"}
     if what in ("tokenizer", "both"):

@@ -1,4 +1,4 @@
-"""Replace what the meta device lacks: fused attention and AdamW, dropout, 4-bit linears, LAPACK's workspace.
+"""Replace what the meta device lacks: fused attention and AdamW, grouped products, dropout, 4-bit linears, workspace.
 
 Each stand-in takes and keeps the memory that the real one does, and computes nothing.
 """
@@ -23,6 +23,7 @@ CHUNKS = 3
 PATCHED = (
     (F, "scaled_dot_product_attention"),
     (F, "dropout"),
+    (F, "grouped_mm"),
     (torch.autocast, "__init__"),
     (torch, "is_autocast_enabled"),
 )
@@ -42,7 +43,7 @@ class RealKernels(TorchFunctionMode):
     def __enter__(self):
         # these by name, since a recomputation inside backward runs without the mode
         self._replaced = [(owner, name, getattr(owner, name)) for owner, name in PATCHED]
-        attention, dropout, begin, is_enabled = (function for _, _, function in self._replaced)
+        attention, dropout, _, begin, is_enabled = (function for _, _, function in self._replaced)
 
         def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
             if dropout_p and not self.on_cuda:
@@ -58,6 +59,10 @@ class RealKernels(TorchFunctionMode):
                 return dropout(input, p, training, inplace)
             return torch.native_dropout(input, p, True)[0]
 
+        # on the meta device torch takes products of groups of rows in bfloat16 alone
+        def grouped_product(mat_a, mat_b, **kwargs):
+            return _GroupedProduct.apply(mat_a, mat_b)
+
         # torch has no autocast on the meta device, and asks for it even to turn it off
         def init(autocast, device_type, *args, **kwargs):
             begin(autocast, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
@@ -65,7 +70,8 @@ class RealKernels(TorchFunctionMode):
         def enabled(device_type="cuda"):
             return is_enabled("cpu" if device_type == "meta" else device_type)
 
-        for (owner, name), function in zip(PATCHED, (fused_attention, fused_dropout, init, enabled), strict=True):
+        stand_ins = fused_attention, fused_dropout, grouped_product, init, enabled
+        for (owner, name), function in zip(PATCHED, stand_ins, strict=True):
             setattr(owner, name, function)
         return super().__enter__()
 
@@ -99,6 +105,20 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx, dout):
         query, key, value = ctx.saved_tensors[:3]
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Rows (N, k) times the matrices (E, k, n) of their experts; keeps both."""
+
+    @staticmethod
+    def forward(ctx, rows, matrices):
+        ctx.save_for_backward(rows, matrices)
+        return rows.new_empty(rows.shape[0], matrices.shape[-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, matrices = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(matrices)
 
 
 def fused_adamw_(optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ to be whole at every update. Zhu et al., arXiv:2412.05270, Alg. 1 and sec. 4; wr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ class Apollo(GaLore):
         )
         update_proj_gap: int = option(200, "updates between two draws of the projection (T)", min=1)
         scale: float | None = option(None, "factor of the update; 1, or the root of 128 at rank 1", above=0)
+        target_modules: str = option("all-linear", "matrices to project, as of galore")
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         tagged = super().param_groups(model, groups)
@@ -58,9 +60,10 @@ class Apollo(GaLore):
     def memory(
         self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw", group: dict | None = None
     ) -> Memory:
-        rank, size = self.rank_for(shape), shape[0] * shape[1] * dtype_bytes
-        small = (shape[0], rank) if shape[0] >= shape[1] else (rank, shape[1])
-        return Memory(weights=size, gradients=size, states=state_bytes(optimizer, small) + 4)
+        *batch, m, n = shape
+        rank, size = self.rank_for(shape), math.prod(shape) * dtype_bytes
+        small = (*batch, m, rank) if m >= n else (*batch, rank, n)
+        return Memory(weights=size, gradients=size, states=state_bytes(optimizer, small) + 4 * math.prod(batch))
 
 
 @cache
@@ -72,7 +75,7 @@ def space() -> type[Space]:
 
     from lowrank_cli.ops.precision import wide
     from lowrank_cli.optim.projection import project, sides
-    from lowrank_cli.optim.space import Part
+    from lowrank_cli.optim.space import Part, is_batch
     from lowrank_cli.optim.space import Space as Base
     from lowrank_cli.optim.write import add_
 
@@ -84,8 +87,10 @@ def space() -> type[Space]:
 
         @classmethod
         def check(cls, group: dict) -> None:
-            if any(p.dim() != 2 for p in group["params"]):
-                raise ValueError("apollo takes matrices")
+            group.setdefault("update_proj_gap", 200)
+            group.setdefault("scale", MINI_SCALE if group["rank"] == 1 else 1.0)
+            if any(p.dim() != 2 and not is_batch(p.shape, group) for p in group["params"]):
+                raise ValueError("apollo takes matrices, or a batch of them in a group that is `batched`")
 
         def keeps(self, key: str) -> bool:
             return key == "last_norm"
@@ -95,11 +100,11 @@ def space() -> type[Space]:
 
         @property
         def side(self) -> str:
-            return sides(self.layout.shape, "std")[0]
+            return sides(self.layout.shape, "std", batched=self.is_batch)[0]
 
         def bases(self) -> dict[str, Tensor]:
-            """Draw the projection: the same one from draw to draw, and on every process."""
-            size = self.layout.shape[0 if self.side == "left" else 1], self.group["rank"]
+            """Draw the projection: the same one from draw to draw, on every process, and for all experts."""
+            size = self.layout.shape[-2 if self.side == "left" else -1], self.group["rank"]
             grad, number = self.weight.grad, self.state.get("step", 0) // self.group["update_proj_gap"]
             basis = torch.empty(size, dtype=wide(grad.dtype), device=grad.device)
             if not grad.is_meta:
@@ -115,13 +120,14 @@ def space() -> type[Space]:
             return [Part(small, self.weight, self.layout.height(small, bases))]
 
         def norms(self, small: Tensor) -> Tensor:
-            """Return the norms of columns (1, n), of rows (m, 1) on the right, or of the whole (1, 1) at rank 1."""
+            """Return the norms of columns (1, n), of rows (m, 1) on the right, or of the whole (1, 1) at rank 1; of
+            every expert by itself."""
             squares = small.square()
             if self.group["rank"] == 1:
-                return self.layout.total(squares.sum().view(1, 1)).sqrt()
+                return self.layout.total(squares.sum((-2, -1), keepdim=True)).sqrt()
             if self.side == "right":
-                return squares.sum(1, keepdim=True).sqrt()
-            return self.layout.total(squares.sum(0, keepdim=True)).sqrt()
+                return squares.sum(-1, keepdim=True).sqrt()
+            return self.layout.total(squares.sum(-2, keepdim=True)).sqrt()
 
         def apply_(self, moves: list[Move]) -> None:
             (move,), grad = moves, self.weight.grad

@@ -45,6 +45,7 @@ class Fira(GaLore):
         moments: str = option(
             "keep", "the moments at a refresh, as of galore", choices=("keep", "align", "rotate", "reset")
         )
+        target_modules: str = option("all-linear", "matrices to project, as of galore")
 
     def space(self) -> type[Space]:
         return space()
@@ -81,10 +82,10 @@ def space() -> type[Space]:
             return expand(self.layout.expandable(small, bases), bases)
 
         def column_norms(self, small: Tensor) -> Tensor:
-            """Return the norms along the projected side, (1, n) or (m, 1)."""
+            """Return the norms along the projected side, (1, n) or (m, 1), of every expert by itself."""
             if self.sides == ("right",):
-                return small.norm(dim=1, keepdim=True)
-            return self.layout.total(small.square().sum(0, keepdim=True)).sqrt()
+                return small.norm(dim=-1, keepdim=True)
+            return self.layout.total(small.square().sum(-2, keepdim=True)).sqrt()
 
         def apply_(self, moves: list[Move]) -> None:
             (move,) = moves
@@ -102,6 +103,9 @@ def space() -> type[Space]:
 def limit_(space: Space, move: Tensor) -> None:
     """Shrink a move, so that its norm over the learning rate grows by at most a hundredth an update.
 
+    Of experts each has a norm of its own: one that got few tokens before must not be held back by another, and where
+    processes have experts each nothing is exchanged.
+
     Args:
         space: keeps the norm in its state, as `last_norm`.
         move: this process's rows of it, changed in place.
@@ -109,7 +113,8 @@ def limit_(space: Space, move: Tensor) -> None:
     rate = space.group["lr"]
     if rate == 0:
         return
-    norm = space.layout.total(move.square().sum()).sqrt() / (rate or 1.0)
+    square = move.square().sum((-2, -1), keepdim=True) if space.is_batch else move.square().sum()
+    norm = space.layout.total(square).sqrt() / rate
     if "last_norm" in space.state:
         factor = (GROWTH * space.state["last_norm"] / norm).nan_to_num(1.0).clamp(max=1.0)
         move *= factor

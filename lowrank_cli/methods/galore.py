@@ -13,6 +13,7 @@ The weight itself stays full-rank and is trained everywhere. Zhao et al., arXiv:
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,9 @@ class GaLore(Method):
         )
         stagger: bool = option(False, "spread the refreshes of the tensors over the gap")
         lazy_refresh: bool = option(False, "double the gap of a basis that has stopped moving (Q-GaLore)")
+        target_modules: str = option(
+            "all-linear", "matrices to project: all-linear, or comma-separated names and patterns"
+        )
         in_backward: bool | None = option(
             None,
             "project inside backward, so that no full gradient is formed between refreshes; on unless given where it "
@@ -88,9 +92,9 @@ class GaLore(Method):
             )
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
-        from lowrank_cli.models.targets import select
+        from lowrank_cli.models.targets import matrices, parse
 
-        targeted = {f"{name}.weight" for name in select(model, None)}
+        targeted = matrices(model, parse(self.config.target_modules))
         tagged, clamped = [], set()
         for group in groups:
             if group["role"] != "full":
@@ -99,14 +103,14 @@ class GaLore(Method):
                 continue
             by_rank: dict[int, list] = {}
             for name, p in group["params"]:
-                if name in targeted and p.dim() == 2:
+                if name in targeted:
                     rank = self.rank_for(tuple(p.shape))
                     if self.config.rank and rank < self.config.rank:
                         clamped.add(rank)
                     by_rank.setdefault(rank, []).append((name, p))
-            rest = [(name, p) for name, p in group["params"] if not (name in targeted and p.dim() == 2)]
+            rest = [(name, p) for name, p in group["params"] if name not in targeted]
             for rank, params in by_rank.items():
-                tags = {"role": self.name, "rank": rank, "space": self.space(), "params": params}
+                tags = {"role": self.name, "rank": rank, "space": self.space(), "batched": True, "params": params}
                 tagged.append(group | asdict(self.config) | tags)
             if rest:
                 tagged.append({**group, "params": rest, "why": "outside the layers' linears"})
@@ -124,8 +128,8 @@ class GaLore(Method):
         return Projected
 
     def rank_for(self, shape: tuple[int, ...]) -> int:
-        """The rank for an (m, n) weight: the configured one, at most the shorter side."""
-        return min(self.config.rank or max(1, min(shape) // 4), *shape)
+        """The rank for an (m, n) weight, or for each of a batch: the configured one, at most the shorter side."""
+        return min(self.config.rank or max(1, min(shape[-2:]) // 4), *shape[-2:])
 
     def memory(
         self, shape: tuple[int, ...], dtype_bytes: int = 4, optimizer: str = "adamw", group: dict | None = None
@@ -133,8 +137,9 @@ class GaLore(Method):
         from lowrank_cli.optim.projection import sides
 
         # paper, Table 1: m r for the basis and 2 n r for the moments, m the shorter side
-        rank, used = self.rank_for(shape), sides(shape, self.config.proj_type)
-        projected = (rank if "left" in used else shape[0], rank if "right" in used else shape[1])
-        basis = sum(rank * (shape[0] if side == "left" else shape[1]) for side in used)
-        size = shape[0] * shape[1] * dtype_bytes
+        *batch, m, n = shape
+        rank, used = self.rank_for(shape), sides((m, n), self.config.proj_type)
+        projected = (*batch, rank if "left" in used else m, rank if "right" in used else n)
+        basis = math.prod(batch) * sum(rank * (m if side == "left" else n) for side in used)
+        size = math.prod(shape) * dtype_bytes
         return Memory(weights=size, gradients=size, states=basis * dtype_bytes + state_bytes(optimizer, projected))

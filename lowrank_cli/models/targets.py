@@ -1,47 +1,163 @@
-"""Select the linears that a method acts on, by a default rule for decoders and encoders or by name patterns."""
+"""The table of a model's matrices, by structure and not by names, and the choice of those that a method acts on."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.errors import UsageError
 
-# GaLore's rule is "attn" or "mlp"; the rest says the same of BERT and its relatives, MPT, OPT and BART
-_LAYER_PARTS = ("attn", "attention", "mlp", "feed_forward", "ffn", "intermediate", "output.dense", ".fc1", ".fc2")
-_OUTSIDE = ("embed", "lm_head", "classifier", "pooler")
 # a layer is an entry of a list: model.layers.3., transformer.h.0., bert.encoder.layer.11.
-_IN_LAYER = re.compile(r"(^|\.)\d+\.(?P<within>.+)")
+_IN_LAYER = re.compile(r"(^|\.)\d+\.")
+# fewer outputs are gates, such as that of a shared expert
+FEW_OUTPUTS = 4
+# packages whose subclasses of nn.Linear are linears; one of a model's own may compute something else
+LINEAR_PACKAGES = ("torch", "bitsandbytes", "lowrank_cli", "peft")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A Matrix is a tensor that multiplies activations in a repeating layer: one matrix, or one of every expert.
+
+    Attributes:
+        name: of the parameter.
+        module: that has it.
+        weight: (out, in), (experts, out, in), or transposed, as the model's code stores it.
+        why: the reason for leaving it as it is; empty for what methods act on.
+    """
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    why: str = ""
+
+
+def table(model: nn.Module) -> list[Matrix]:
+    """Return every matrix of a model's repeating layers, in the model's order.
+
+    Linears, and the weights of experts that are kept as one tensor, are what methods act on. Routers, gates of a few
+    outputs, convolutions, and what else a layer multiplies by in a way of its own have a reason instead. What stands
+    outside the decoder, such as a vision tower, is not in the table.
+    """
+    rows, inside = [], decoder_of(model)
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is inside and name), "")
+    for path, module in inside.named_modules():
+        if not _IN_LAYER.search(f"{path}."):
+            continue
+        for leaf, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 1 and not isinstance(module, nn.Embedding):
+                rows.append(Matrix(f"{prefix}{path}.{leaf}", module, weight, _why_not(inside, path, module, weight)))
+    return rows
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model that reads text: its decoder, or all of it."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    names = (name for name, _ in found.named_parameters()) if isinstance(found, nn.Module) else ()
+    return found if any(map(_IN_LAYER.search, names)) else model
+
+
+def _why_not(inside: nn.Module, path: str, module: nn.Module, weight: Tensor) -> str:
+    """Return the reason for leaving a matrix alone; empty if methods act on it."""
+    if is_linear(module):
+        if out_features(module) < FEW_OUTPUTS:
+            return "a gate"
+        siblings = inside.get_submodule(path.rpartition(".")[0]).children()
+        return "a router" if out_features(module) in map(experts_of, siblings) else ""
+    if experts_of(module) is not None:
+        return "" if weight.dim() == 3 else "a bias or a scale of experts"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a convolution"
+    return "a router" if "router" in type(module).__name__.lower() else "no plain product"
+
+
+def experts_of(module: nn.Module) -> int | None:
+    """Return how many experts a module holds, in tensors of three dimensions or in a list; None if it holds none."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    found = next((p for p in module.parameters(recurse=False) if p.dim() == 3), None)
+    if found is None or not (hasattr(module, "num_experts") or type(module).__name__.endswith("Experts")):
+        return None
+    return getattr(module, "num_experts", len(found))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module computes x W^T + b as nn.Linear does, or x W + b as the Conv1D of GPT-2."""
+    if not isinstance(module, nn.Linear):
+        return type(module) is Conv1D
+    return type(module).forward.__module__.partition(".")[0] in LINEAR_PACKAGES or _multiplies(type(module))
+
+
+@cache
+def _multiplies(kind: type[nn.Linear]) -> bool:
+    """Return whether a subclass of nn.Linear gives x W^T + b for a small x."""
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+            small, x = kind(3, 2), torch.randn(1, 4, 3)
+            y = small(x)
+    except (TypeError, AttributeError):
+        # made or called in another way, as routers and grouped products are
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, small.weight, small.bias))
+
+
+def out_features(module: nn.Module) -> int:
+    """Return the number of outputs of a linear."""
+    return module.nf if isinstance(module, Conv1D) else module.out_features
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear by its full name, in the model's order: nn.Linear and the Conv1D of GPT-2. Never an embedding."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    """Return every linear by its full name, in the model's order: nn.Linear and the Conv1D of GPT-2."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The linears that the patterns choose, by full name, in the model's order.
+    """Return the linears that the patterns choose, by full name, in the model's order.
 
     Args:
         model: any model.
         patterns: parts of a name ("mlp", "q_proj") or shell globs on the full name ("*.layers.0.*_proj"); a linear
-            is chosen if one of them matches. None takes the attention and feed-forward linears of every layer:
-            never the head, a classifier, a pooler or an embedding.
+            is chosen if one of them matches. None takes the linears of every layer that `table` has no reason to
+            leave alone: never the head, a classifier, a pooler or an embedding.
     Raises:
-        UsageError: a pattern that matches no linear, no pattern, or a model whose layers the default does not know.
+        UsageError: a pattern that matches no linear, no pattern, or a model without layers.
     """
     found = {name: module for name, module in linears(model).items() if not _is_head(model, name)}
+    targets = {row.name.rpartition(".")[0] for row in table(model) if not row.why}
+    return _chosen(model, found, {name: module for name, module in found.items() if name in targets}, patterns)
+
+
+def matrices(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, Tensor]:
+    """Return the weights that the patterns choose, by the parameter's name: those of linears, and experts'.
+
+    Args:
+        model: any model.
+        patterns: as for `select`; None takes all of `table` that has no reason to be left alone.
+    Returns:
+        (out, in), or (experts, out, in) for experts whose weights are one tensor.
+    Raises:
+        UsageError: as `select`.
+    """
+    weights = {f"{n}.weight": m.weight for n, m in linears(model).items() if not _is_head(model, n)}
+    targets = {row.name: row.weight for row in table(model) if not row.why}
+    return _chosen(model, weights | targets, targets, patterns)
+
+
+def _chosen(model: nn.Module, found: dict, targets: dict, patterns: Sequence[str] | None) -> dict:
+    """Return what the patterns choose of all that is found, or the targets."""
     if patterns is None:
-        chosen = {name: module for name, module in found.items() if _is_layer_linear(name)}
-        if not chosen:
+        if not targets:
             raise UsageError(
-                f"no attention or feed-forward linear was recognised in {type(model).__name__}",
+                f"no linear of a repeating layer was recognised in {type(model).__name__}",
                 f"name the linears yourself; {_listing(found)}",
             )
-        return chosen
+        return targets
     if isinstance(patterns, str):
         raise ValueError(f"patterns must be a list of texts, not the text {patterns!r}")
     if not patterns:
@@ -53,7 +169,7 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Mod
             raise UsageError(
                 f"target pattern '{pattern}' matches no linear of the model", did_you_mean + _listing(found)
             )
-    return {name: module for name, module in found.items() if any(_matches(name, p) for p in patterns)}
+    return {name: value for name, value in found.items() if any(_matches(name, p) for p in patterns)}
 
 
 def _is_head(model: nn.Module, name: str) -> bool:
@@ -86,22 +202,15 @@ def named_targets(model: nn.Module, text: str) -> list[str]:
     return short if matched == chosen else sorted(chosen)
 
 
-def _is_layer_linear(name: str) -> bool:
-    layer = _IN_LAYER.search(name)
-    if layer is None or any(part in name for part in _OUTSIDE):
-        return False
-    return any(part in f".{layer['within']}" for part in _LAYER_PARTS)
-
-
 def _matches(name: str, pattern: str) -> bool:
     if any(c in pattern for c in "*?["):
-        return fnmatchcase(name, pattern)
+        return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
     return bool(pattern) and pattern in name
 
 
-def _last_parts(found: dict[str, nn.Module]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in found})
+def _last_parts(found: dict) -> list[str]:
+    return sorted({name.removesuffix(".weight").rpartition(".")[2] for name in found})
 
 
-def _listing(found: dict[str, nn.Module]) -> str:
+def _listing(found: dict) -> str:
     return f"linears of this model: {', '.join(_last_parts(found)) or 'none'}"

@@ -21,7 +21,7 @@ from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim.projected import Projected
 from lowrank_cli.optim.space import Space
 from lowrank_cli.parallel.replicas import Replicas, balanced
-from lowrank_cli.parallel.shards import layout
+from lowrank_cli.parallel.shards import Stack, layout
 
 if TYPE_CHECKING:
     from lowrank_cli.optim.gradients import Gradients
@@ -192,7 +192,7 @@ class Replicated(Exchange):
     def _refresh_together(self, due: list[Projected]) -> None:
         """Find new bases for some tensors, each on one rank; their gradients are sums over all ranks afterwards."""
         replicas, clipping = self.replicas, self.gradients.clipping
-        owners = balanced([s.weight.numel() * min(s.weight.shape) for s in due], replicas.world_size)
+        owners = balanced([s.weight.numel() * min(s.weight.shape[-2:]) for s in due], replicas.world_size)
         for space, owner in zip(due, owners, strict=True):
             p = space.weight
             if p.grad is None:
@@ -276,7 +276,7 @@ class Sharded(Replicated):
     def reduce(self) -> None:
         if not self.gradients.per_layer or self.gradients.clipping:
             cut = [s for s in self._spaces() if s.layout.is_cut and s.weight.grad is not None]
-            due = [space for space in cut if isinstance(space, Projected) and space.is_due]
+            due = [space for space in cut if _gathers(space)]
             for some in _chunks(due, self.replicas.world_size):
                 self._refresh_together(some)
         super().reduce()
@@ -294,7 +294,7 @@ class Sharded(Replicated):
         if not space.layout.is_cut:
             super().complete(space)
         # the order is FSDP2's, and the same on every rank
-        elif isinstance(space, Projected) and space.is_due:
+        elif _gathers(space):
             self._window.append(space)
             if len(self._window) == self.replicas.world_size:
                 self._close_window()
@@ -337,6 +337,11 @@ class Sharded(Replicated):
     def total_norm(self, left: list[tuple[Tensor, Tensor]], squares: list[Tensor]) -> Tensor:
         square = sum((self.square(p, part) for p, part in left), torch.zeros(())) + sum(squares)
         return torch.tensor(self.replicas.numbers(float(square))[0]).sqrt()
+
+
+def _gathers(space: Space) -> bool:
+    """Say whether a refresh needs rows that other processes have."""
+    return isinstance(space, Projected) and space.is_due and not isinstance(space.layout, Stack)
 
 
 def _chunks(items: list[Projected], size: int) -> Iterator[list[Projected]]:

@@ -1,7 +1,8 @@
 """GaLore's space: the gradient in the coordinates of a basis that is found anew every few updates.
 
 GaLore, arXiv:2403.03507, Alg. 2. Shapes: a weight W and its gradient G are (m, n); the rank is r; a left basis P is
-(m, r), a right basis Q is (n, r), with orthonormal columns; R = P^T G (r, n) or G Q (m, r).
+(m, r), a right basis Q is (n, r), with orthonormal columns; R = P^T G (r, n) or G Q (m, r). Experts are a batch of
+matrices, (E, m, n), with E bases and nothing in common but the clock of their refresh.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lowrank_cli.ops.precision import cut, wide
 from lowrank_cli.ops.projected_linear import ProjectedLinear
 from lowrank_cli.optim.projection import project, sides, unfold
 from lowrank_cli.optim.refresh import CHOICES, engine_for, find_basis, overlap
-from lowrank_cli.optim.space import Move, Part, Space
+from lowrank_cli.optim.space import Move, Part, Space, is_batch
 from lowrank_cli.optim.write import expand_add_
 from lowrank_cli.parallel.shards import layout
 
@@ -36,17 +37,18 @@ class Projected(Space):
     """W <- W + scale P N or scale N Q^T, where N is the rule's update of R.
 
     Keys of its groups, with galore-torch's behaviour as the default: `rank`; `update_proj_gap`, the updates between
-    refreshes of the basis; `scale`, the paper's alpha; `proj_type`, the sides; `refresh`, an engine of
-    optim/refresh.py, or auto; `moments`, what becomes of them at a refresh: keep, align, rotate or reset; `stagger`: spread the
-    refreshes over the gap; `lazy_refresh`: double the gap of a basis that has stopped moving; `in_backward`: let the
-    model's linears form R without G, None where that takes fewer operations.
+    refreshes of the basis; `scale`, the paper's alpha; `proj_type`, the sides; `batched`: tensors of three dimensions
+    are matrices, and not projected in every mode; `refresh`, an engine of optim/refresh.py, or auto; `moments`, what
+    becomes of them at a refresh: keep, align, rotate or reset; `stagger`: spread the refreshes over the gap;
+    `lazy_refresh`: double the gap of a basis that has stopped moving; `in_backward`: let the model's linears form R
+    without G, None where that takes fewer operations.
 
     State: `basis_left`, `basis_right` or `basis_mode0` ..., `until_refresh`, `refreshes`; `gap` and `calm` where lazy.
     """
 
     DEFAULTS = {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "svd", "moments": "keep",
-        "stagger": False, "lazy_refresh": False,
+        "stagger": False, "lazy_refresh": False, "batched": False,
     }  # fmt: skip
 
     def __init__(self, weight: Tensor, group: dict, optimizer: LowRankOptimizer):
@@ -67,12 +69,12 @@ class Projected(Space):
             if group[key] not in known:
                 raise ValueError(f"{key} is {group[key]!r}; it is one of {', '.join(known)}")
         for p in group["params"]:
-            sides(layout(p).shape, group["proj_type"])
+            sides(layout(p).shape, group["proj_type"], batched=is_batch(p.shape, group))
 
     @property
     def sides(self) -> tuple[str, ...]:
         """The sides of the gradient that are projected."""
-        return sides(self.layout.shape, self.group["proj_type"])
+        return sides(self.layout.shape, self.group["proj_type"], batched=self.is_batch)
 
     @property
     def engine(self) -> str:
@@ -186,7 +188,7 @@ class Projected(Space):
     def leaf_shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the leaves: of R, of one process's tokens."""
         (m, n), state = self.layout.shape, self.state
-        ranks = {side: state[f"basis_{side}"].shape[1] for side in self.sides}
+        ranks = {side: state[f"basis_{side}"].shape[-1] for side in self.sides}
         return [(ranks.get("left", m), ranks.get("right", n))]
 
     def bases_in_backward(self) -> dict[str, Tensor]:
@@ -244,17 +246,19 @@ class Projected(Space):
                 dtype=self.weight.dtype,
             )
             if old is not None:
-                calm = calm and overlap(bases[side], old) >= CALM_OVERLAP
+                # a process may have no expert at all
+                calm = calm and (not old.numel() or overlap(bases[side], old) >= CALM_OVERLAP)
         self.optimizer.clock.refreshed = time.monotonic()
-        return bases, bool(grad.any()), calm
+        return bases, *self.layout.agreed(alive=bool(grad.any()), calm=calm)
 
     def empty_bases(self) -> dict[str, Tensor]:
         """Return room for bases that another process has found: of the gradient's dtype, which is the weight's."""
         bases = {}
         for side in self.sides:
             matrix, stands = unfold(torch.empty(self.layout.shape, device="meta"), side)
-            size = matrix.shape[0] if stands == "left" else matrix.shape[1]
-            bases[side] = self.weight.new_empty(size, min(self.group["rank"], *matrix.shape))
+            *batch, rows, columns = matrix.shape
+            size = rows if stands == "left" else columns
+            bases[side] = self.weight.new_empty(*batch, size, min(self.group["rank"], rows, columns))
         return bases
 
     def adopt(self, bases: dict[str, Tensor], alive: bool, calm: bool) -> None:
@@ -307,10 +311,11 @@ class Projected(Space):
 
     def check_loaded(self, state: dict[str, Any], group: dict) -> torch.Size | None:
         p, bases = self.weight, {}
-        for side in sides(p.shape, group["proj_type"]):
+        for side in sides(p.shape, group["proj_type"], batched=is_batch(p.shape, group)):
             basis = state.get(f"basis_{side}")
-            height = unfold(p, side)[0].shape[1 if side == "right" else 0]
-            if basis is None or basis.dim() != 2 or basis.shape[0] != height:
+            *batch, rows, columns = unfold(p, side)[0].shape
+            beginning = (*batch, columns if side == "right" else rows)
+            if basis is None or tuple(basis.shape[:-1]) != beginning:
                 there = "no basis" if basis is None else f"a basis {tuple(basis.shape)}"
                 raise ValueError(f"the state of {self.name} has {there}, and the weight is {tuple(p.shape)}")
             bases[side] = basis.to("meta")

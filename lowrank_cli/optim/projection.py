@@ -2,7 +2,8 @@
 
 Shapes: a weight and its gradient are (m, n) = (out, in); the rank is r. A left basis P is (m, r), a right basis Q is
 (n, r), both with orthonormal columns. GaLore, arXiv:2403.03507, Alg. 2 and sec. 4.2. A tensor of more dimensions, such
-as a convolution's weight, has a basis for each mode (Tucker); the mode's number is then the side.
+as a convolution's weight, has a basis for each mode (Tucker); the mode's number is then the side. Experts are a batch
+of matrices, (E, m, n): every one has bases of its own, (E, m, r) or (E, n, r), and all here is batched.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 
-def sides(shape: tuple[int, ...], proj_type: str) -> tuple[str, ...]:
+def sides(shape: tuple[int, ...], proj_type: str, *, batched: bool = False) -> tuple[str, ...]:
     """The sides of an (m, n) gradient that a projection type multiplies: "left" is P^T G, "right" is G Q.
 
     `std` projects the shorter side, which is what saves memory; a square matrix is projected on the right, as in the
@@ -22,6 +23,7 @@ def sides(shape: tuple[int, ...], proj_type: str) -> tuple[str, ...]:
     Args:
         shape: of the gradient.
         proj_type: one of PROJ_TYPES.
+        batched: the last two dimensions are those of a matrix.
     Raises:
         ValueError: an unknown projection type, or fewer than two dimensions.
     """
@@ -29,9 +31,9 @@ def sides(shape: tuple[int, ...], proj_type: str) -> tuple[str, ...]:
         raise ValueError(f"proj_type is {proj_type!r}; it is one of {', '.join(PROJ_TYPES)}")
     if len(shape) < 2:
         raise ValueError(f"a group with `rank` holds a tensor of shape {tuple(shape)}; it takes matrices and larger")
-    if len(shape) > 2:
+    if len(shape) > 2 and not batched:
         return tuple(f"mode{k}" for k in range(len(shape)))
-    m, n = shape
+    m, n = shape[-2:]
     if proj_type == "std":
         return ("right",) if m >= n else ("left",)
     if proj_type == "reverse_std":
@@ -52,9 +54,9 @@ def project(grad: Tensor, bases: dict[str, Tensor]) -> Tensor:
 
     Args:
         grad: (m, n), or of more dimensions.
-        bases: "left": (m, r) and/or "right": (n, r); or "mode0", "mode1", ...
+        bases: "left": (m, r) and/or "right": (n, r), batched like it; or "mode0", "mode1", ...
     Returns:
-        (r, n), (m, r) or (r, r), or a core of r in every mode; in the gradient's dtype.
+        (r, n), (m, r) or (r, r), batched like it, or a core of r in every mode; in the gradient's dtype.
     """
     for side, basis in bases.items():
         if side == "left":

@@ -1,6 +1,7 @@
 """The refresh of a basis: which subspace the gradient is projected to next, found exactly or cheaply.
 
-Shapes: a gradient G is (m, n); the rank is r; a left basis P is (m, r), a right basis Q is (n, r), orthonormal.
+Shapes: a gradient G is (m, n); the rank is r; a left basis P is (m, r), a right basis Q is (n, r), orthonormal. The
+gradients of experts are a batch of matrices, (E, m, n), and so are their bases.
 Everything is computed in float32 (float64 for float64 gradients, and where the first try fails); a gradient whose
 squares would overflow or underflow is scaled first. GaLore, arXiv:2403.03507, Alg. 2, takes `svd`; the other engines
 find nearly the same subspace at a fraction of the cost.
@@ -37,13 +38,14 @@ def find_basis(
     warn: Callable[[str], None] = lambda _: None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The basis of a gradient's leading singular directions.
+    """Find the basis of a gradient's leading singular directions.
 
     A decomposition that fails is tried again in float64 as an eigenproblem; if that fails too, or the gradient is
-    zero, the old basis stays (the first columns of the identity where there is none) and `warn` is told.
+    zero, the old basis stays (the first columns of the identity where there is none) and `warn` is told. Each matrix
+    of a batch by itself: an expert without tokens has a gradient of zeros.
 
     Args:
-        grad: (m, n), any floating dtype.
+        grad: (m, n) or (E, m, n), any floating dtype.
         rank: wanted columns; at most min(m, n) exist.
         side: "left" or "right".
         engine: one of ENGINES; or "of_gram", for the right side of a G of which `grad` is G^T G (n, n).
@@ -54,12 +56,17 @@ def find_basis(
         warn: told when the old basis is kept.
         dtype: of the result; the gradient's unless given.
     Returns:
-        (m, r) or (n, r), in memory of its own.
+        (m, r) or (n, r), batched like the gradient, in memory of its own.
     Raises:
         FloatingPointError: the gradient holds NaN or infinity.
     """
-    size = grad.shape[0] if side == "left" else grad.shape[1]
-    rank = min(rank, *grad.shape)
+    size, rank = grad.shape[-2 if side == "left" else -1], min(rank, *grad.shape[-2:])
+    if grad.dim() == 3:
+        settings = {"keep_signs": keep_signs, "seed": seed, "name": name, "warn": warn, "dtype": dtype}
+        found = torch.empty(len(grad), size, rank, dtype=dtype or grad.dtype, device=grad.device)
+        for i, matrix in enumerate(grad):
+            found[i] = find_basis(matrix, rank, side, engine, None if old is None else old[i], **settings)
+        return found
     low, high = torch.aminmax(grad.detach())
     largest = float(torch.maximum(-low, high))
     if largest != largest or largest == float("inf"):
@@ -99,9 +106,9 @@ def gram(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> T
     matrix = oriented(grad, side)
     m, n = matrix.shape
     if m <= n:
-        basis = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(-1)[:, :rank]
+        basis = leading(matrix @ matrix.mT, rank)
     else:
-        right = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors.flip(-1)[:, :rank]
+        right = leading(matrix.mT @ matrix, rank)
         basis = torch.linalg.qr(matrix @ right).Q
     return basis
 
@@ -115,14 +122,18 @@ def randomized(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int
     matrix = oriented(grad, side)
     m, n = matrix.shape
     width = min(rank + OVERSAMPLING, m, n)
-    # drawn on the CPU: the same numbers on every device
-    start = torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).to(matrix)
+    if grad.is_meta:
+        # only the sizes count
+        start = matrix.new_empty(n, width)
+    else:
+        # drawn on the CPU: the same numbers on every device
+        start = torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(COLD_ROUNDS):
         basis = power_iteration(matrix, basis)
     if width > rank:
         small = matrix.mT @ basis  # (n, width)
-        basis = basis @ torch.linalg.eigh(small.mT @ small).eigenvectors.flip(-1)[:, :rank]
+        basis = basis @ leading(small.mT @ small, rank)
     return basis
 
 
@@ -142,7 +153,17 @@ def subspace(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) 
 
 def of_gram(square: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
     """Return the basis that `gram` finds on the right, from G^T G (n, n) in the place of the gradient."""
-    return torch.linalg.eigh(square).eigenvectors.flip(-1)[:, :rank]
+    return leading(square, rank)
+
+
+def leading(square: Tensor, rank: int) -> Tensor:
+    """Return the leading eigenvectors (n, rank) of a symmetric matrix (n, n), the sum of each one's entries positive.
+
+    LAPACK leaves their signs to rounding, and 8-bit codes are not symmetric: the same run computed in another way
+    would be another run.
+    """
+    vectors = torch.linalg.eigh(square).eigenvectors.flip(-1)[:, :rank]
+    return vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)
 
 
 def oriented(grad: Tensor, side: str) -> Tensor:
@@ -167,8 +188,9 @@ def align(basis: Tensor, old: Tensor | None) -> Tensor:
 
 
 def overlap(new: Tensor, old: Tensor) -> float:
-    """The mean squared cosine of the angles between two subspaces: 1 is the same, r / size is chance."""
-    return float((new.float().mT @ old.float()).square().sum()) / new.shape[1]
+    """The mean squared cosine of the angles between two subspaces, or the mean over a batch of them: 1 is the same,
+    r / size is chance."""
+    return float((new.float().mT @ old.float()).square().sum(-1).mean())
 
 
 def _double(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -> Tensor:
@@ -183,7 +205,7 @@ def engine_for(engine: str, shape: tuple[int, ...]) -> str:
     """
     if engine != "auto":
         return engine
-    return "gram" if min(shape) <= EXACT else "randomized"
+    return "gram" if min(shape[-2:]) <= EXACT else "randomized"
 
 
 ENGINES = {"svd": svd, "gram": gram, "randomized": randomized, "subspace": subspace}

@@ -71,6 +71,7 @@ class Space:
         weight: the parameter, or this process's rows of it.
         group: its group's settings in the optimizer, live.
         name: for messages.
+        is_batch: the tensor is a batch of matrices, (E, m, n), as the weights of experts are.
         place: among the spaces that are not of this class, for seeds and turns.
         layout: how the tensor lies over processes.
         small: the small gradient that has been collected, by part; empty where `.grad` is the gradient.
@@ -86,7 +87,8 @@ class Space:
         # the optimizer holds its spaces: a strong reference back would keep both until the next garbage collection
         mine = weakref.ref(self)
         self._optimizer = weakref.ref(optimizer, lambda _: (space := mine()) and space.orphaned())
-        self.layout: Whole = layout(weight)
+        self.is_batch = is_batch(weight.shape, group)
+        self.layout: Whole = layout(weight, batched=self.is_batch)
         self.name, self.place = "", 0
         self.small: list[Tensor] = []
         self.leaves: list[Tensor] = []
@@ -274,6 +276,11 @@ class PartState:
     def __exit__(self, *_) -> None:
         if self.prefix:
             self.state.update({f"{self.prefix}{key}": value for key, value in self.own.items()})
+
+
+def is_batch(shape: tuple[int, ...], group: dict) -> bool:
+    """Return whether a tensor of a group is a batch of matrices: the key `batched` says it of three dimensions."""
+    return bool(group.get("batched")) and len(shape) == 3
 
 
 def collected(spaces: dict[Tensor, Space]) -> Iterator[tuple[Space, Tensor]]:

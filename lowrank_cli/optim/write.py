@@ -53,7 +53,8 @@ def expand_add_(
     """Write `beta` times a weight plus `alpha` times an expanded update, rounded once: no (m, n) temporary.
 
     Args:
-        weight: (m, n), changed in place; only a tensor of more dimensions needs a temporary of its size.
+        weight: (m, n), or a batch of matrices (E, m, n), changed in place; only one that is projected in every mode
+            needs a temporary of its size.
         update: as `project` returns. Rounded to the nearest, it is cast to the weight's dtype for the product, which
             accumulates in float32; at random, all is computed in float32, a block of rows at a time.
         bases: as for `project`.
@@ -63,6 +64,11 @@ def expand_add_(
     Returns:
         The weight.
     """
+    if weight.dim() == 3 and not bases.keys() - {"left", "right"}:
+        for i, matrix in enumerate(weight):
+            own = {side: basis[i] for side, basis in bases.items()}
+            expand_add_(matrix, update[i], own, alpha=alpha, beta=beta, noise=noise)
+        return weight
     if weight.dim() > 2:
         add_(weight, expand(update, {side: b.to(update.dtype) for side, b in bases.items()}), alpha=alpha, beta=beta,
              noise=noise)  # fmt: skip

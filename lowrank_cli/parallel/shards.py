@@ -60,6 +60,11 @@ class Whole:
         """Rows of the whole gradient, projected with some bases or with none, that a process has a part of."""
         return part.shape[0] if part.dim() else 1
 
+    def agreed(self, *, alive: bool, calm: bool) -> tuple[bool, bool]:
+        """Return what holds of the whole tensor: whether its gradient has any direction, and whether all of its bases
+        have hardly moved."""
+        return alive, calm
+
 
 class Shard(Whole):
     """A Shard is the layout of a tensor whose rows are cut over processes.
@@ -102,15 +107,45 @@ class Shard(Whole):
         return bases["left"].shape[1] if "left" in bases else self.shape[0]
 
 
+class Stack(Shard):
+    """A Stack is the layout of a batch of matrices that is cut between them: those of a process concern it alone."""
+
+    def basis(self, stored: Tensor, side: str) -> Tensor:
+        return stored
+
+    def whole_basis(self, stored: Tensor, side: str) -> Tensor:
+        return stored
+
+    def own_basis(self, whole: Tensor) -> Tensor:
+        return whole
+
+    def settled(self, low_rank_grad: Tensor, bases: dict[str, Tensor]) -> Tensor:
+        return low_rank_grad
+
+    def total(self, part: Tensor) -> Tensor:
+        return part
+
+    def expandable(self, update: Tensor, bases: dict[str, Tensor]) -> Tensor:
+        return update
+
+    def height(self, part: Tensor, bases: dict[str, Tensor]) -> int:
+        return self.shape[0]
+
+    def agreed(self, *, alive: bool, calm: bool) -> tuple[bool, bool]:
+        living, restless = self.replicas.numbers(float(alive), float(not calm))
+        return living > 0, restless == 0
+
+
 def own_rows(whole: Tensor, replicas: Replicas) -> Tensor:
     """This rank's rows of a whole tensor."""
     start, stop = rows_of(whole.shape[0], replicas.rank, replicas.world_size)
     return whole[start:stop]
 
 
-def layout(p: Tensor) -> Whole:
-    """Return how a tensor of an optimizer lies over the processes."""
-    return getattr(p, "_lowrank_shard", None) or Whole(p.shape)
+def layout(p: Tensor, *, batched: bool = False) -> Whole:
+    """Return how a tensor of an optimizer lies over the processes; `batched` if it is a batch of matrices."""
+    found = getattr(p, "_lowrank_shard", None) or Whole(p.shape)
+    return Stack(found.shape, found.replicas, found.source) if batched and found.is_cut else found
 
 
 def part_of(source: Tensor, local: Tensor, replicas: Replicas) -> torch.nn.Parameter:

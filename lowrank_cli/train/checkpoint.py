@@ -89,7 +89,7 @@ def save(
             if adapter:
                 write_trainable(temporary, trainable(model), base_fingerprint(model))
             else:
-                write_model(temporary, model, tokenizer)
+                write_model(temporary, model, tokenizer, published=False)
             save_file(tensors, temporary / "optimizer.safetensors")
         save_file(method_states, temporary / "method.safetensors")
         save_file(rng["tensors"], temporary / "rng.safetensors")
@@ -148,11 +148,19 @@ def stamp(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
-    """The weights, the configuration and the tokenizer, in the form that from_pretrained loads."""
+def write_model(folder: Path, model: nn.Module, tokenizer, *, published: bool = True) -> None:
+    """Write the weights, the configuration and the tokenizer, in the form that from_pretrained loads.
+
+    Args:
+        folder: to write into.
+        model: a language model, a classifier or an adapter's base.
+        tokenizer: its tokenizer.
+        published: under the names that the model's publishers gave its tensors, and not those of its code: experts
+            are one tensor each there.
+    """
     # training runs without a key-value cache; whoever loads the model wants one to generate
     model.config.use_cache = True
-    model.save_pretrained(folder, max_shard_size="1000GB")
+    model.save_pretrained(folder, max_shard_size="1000GB", save_original_format=published)
     model.config.use_cache = False
     tokenizer.save_pretrained(folder)
 

@@ -141,11 +141,6 @@ def check_sharded(config: RunConfig, groups: list[dict]) -> None:
             "--parallel fsdp does not rotate moments, which lie on several processes",
             "let them be kept, aligned or reset at a refresh, or take --parallel ddp",
         )
-    tensors = [n for group in groups if "space" in group for n, p in group["params"] if p.dim() > 2]
-    if tensors:
-        raise UsageError(
-            f"--parallel fsdp projects matrices only, and {tensors[0]} has more dimensions", "take --parallel ddp"
-        )
     if config.task is not None and config.task.quantize:
         raise UsageError(
             f"--parallel fsdp does not cut a base of 4 bits (--quantize {config.task.quantize})", "take --parallel ddp"

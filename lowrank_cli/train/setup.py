@@ -10,7 +10,7 @@ from lowrank_cli import methods, optim
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.load import Head
-from lowrank_cli.models.targets import select
+from lowrank_cli.models.targets import matrices
 
 
 def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Method], list[dict]]:
@@ -18,7 +18,7 @@ def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Met
     parts = [methods.get(name)(part) for name, part in config.methods.items()]
     rate = config.optim.lr_other
     # before a method wraps them, by the names that the model gives them
-    linears = tuple(f"{name}." for name in select(model, None)) if rate is not None else ()
+    inside = tuple(name.removesuffix("weight") for name in matrices(model, None)) if rate is not None else ()
     for part in parts:
         part.command = config.command
         part.wrap(model)
@@ -29,25 +29,25 @@ def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Met
     groups = optim.base_groups(model, config.optim)
     for part in parts:
         groups = part.param_groups(model, groups)
-    return parts, groups if rate is None else with_other_rate(groups, linears, rate)
+    return parts, groups if rate is None else with_other_rate(groups, inside, rate)
 
 
-def with_other_rate(groups: list[dict], linears: tuple[str, ...], rate: float) -> list[dict]:
+def with_other_rate(groups: list[dict], inside: tuple[str, ...], rate: float) -> list[dict]:
     """Return the groups with a learning rate of its own for what is outside the layers' linears.
 
     Args:
         groups: those that have a rate of their own keep it.
-        linears: beginnings of the names of what is inside.
+        inside: beginnings of the names of what is inside.
         rate: the peak.
     Raises:
         UsageError: nothing is outside.
     """
     found, split = False, []
     for group in groups:
-        outside = [] if "lr" in group else [pair for pair in group["params"] if not pair[0].startswith(linears)]
+        outside = [] if "lr" in group else [pair for pair in group["params"] if not pair[0].startswith(inside)]
         names = {name for name, _ in outside}
-        inside = [pair for pair in group["params"] if pair[0] not in names]
-        split += [group | {"params": inside}] if inside else []
+        others = [pair for pair in group["params"] if pair[0] not in names]
+        split += [group | {"params": others}] if others else []
         split += [group | {"params": outside, "lr": rate}] if outside else []
         found = found or bool(outside)
     if not found:

@@ -2,7 +2,9 @@
 
 import torch
 from torch import nn
+from transformers.integrations import moe
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from lowrank_cli.models import load
 
@@ -19,7 +21,10 @@ def exact_norm(self, hidden_states):
 def use_double(setattr) -> None:
     """Make every run's weights float64, whatever dtype it asks for; `setattr` is a monkeypatch's."""
     setattr(load, "dtype_of", lambda name, device: torch.float64)
-    setattr(LlamaRMSNorm, "forward", exact_norm)
+    for kind in (LlamaRMSNorm, MixtralRMSNorm):
+        setattr(kind, "forward", exact_norm)
+    # torch's grouped product takes 32 bits at most
+    setattr(moe, "_can_use_grouped_mm", lambda *_: False)
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:

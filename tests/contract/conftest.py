@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 
@@ -35,9 +35,10 @@ class Subject:
     method: str
     parts: tuple[type[methods.Method], ...] = field(compare=False)
     toy: bool = False
+    experts: bool = False  # on a mixture of experts
 
     def __str__(self) -> str:
-        return f"{self.command}-{self.method}"
+        return f"{self.command}-{self.method}" + ("-experts" if self.experts else "")
 
     @property
     def compresses(self) -> bool:
@@ -124,9 +125,31 @@ OF_PAIRS = {
 }
 
 
+# where a batch of matrices could go another way than a matrix
+OF_EXPERTS = {
+    "test_accumulation_of_ragged_rows",
+    "test_per_layer",
+    "test_two_processes",
+    "test_other_rules",
+    "test_resumed_in_the_middle_of_a_gap",
+    "test_estimate_is_what_the_optimizer_holds",
+}
+
+
+def with_experts(subjects: list) -> list:
+    """Return the methods that train whole models, on a mixture of experts."""
+    single = [replace(p.values[0], experts=True) for p in subjects if len(p.values[0].parts) == 1]
+    return [pytest.param(s, id=str(s)) for s in single if s.command == "pretrain"]
+
+
 def pytest_generate_tests(metafunc):
     if "subject" in metafunc.fixturenames:
         subjects = found()
+        if metafunc.function.__name__ in OF_EXPERTS:
+            more = with_experts(subjects)
+            # one mode in every run of the suite
+            quick = metafunc.function.__name__ == "test_accumulation_of_ragged_rows"
+            subjects += more if quick else map(slow, more)
         if metafunc.function.__name__ not in OF_PAIRS:
             subjects = [param for param in subjects if len(param.values[0].parts) == 1]
         if metafunc.function.__name__ in OF_THE_OPTIMIZER:
@@ -194,6 +217,16 @@ def records(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def experts_config(tmp_path_factory) -> Path:
+    """Return the file of a mixture of three experts, of which a token takes two."""
+    path = tmp_path_factory.mktemp("config") / "experts.json"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    path.write_text(json.dumps({"model_type": "mixtral", **sizes, **heads}))
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained_base(once, news, tiny_config) -> Path:
     """Return the folder of a tiny LLaMA that was trained for a moment."""
     from lowrank_cli.main import main
@@ -223,14 +256,15 @@ def compressed_base(once, trained_base) -> Path:
 
 
 @pytest.fixture
-def command_line(request, news, tiny_config, records) -> Callable[..., list[str]]:
+def command_line(request, news, tiny_config, experts_config, records) -> Callable[..., list[str]]:
     """Return the arguments of a subject's run of a second."""
 
     def call(subject: Subject) -> list[str]:
         line = f"{subject.command} --method {subject.method} --no-plots --max-length 64 --eval-tokens 500"
         line += " --log-every 1 --eval-every 8 --save-every 8"
         if subject.command == "pretrain":
-            more = ["--dataset", news, "--model-config", tiny_config, "--vocab-size", 512]
+            config = experts_config if subject.experts else tiny_config
+            more = ["--dataset", news, "--model-config", config, "--vocab-size", 512]
         else:
             base = request.getfixturevalue("compressed_base" if subject.compresses else "trained_base")
             more = [

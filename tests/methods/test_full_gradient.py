@@ -141,6 +141,6 @@ def test_rank_1_is_apollo_mini_with_its_scale():
     for rank, scale in ((1, 128**0.5), (4, 1.0)):
         method = methods.get("apollo")(apollo.Apollo.Config(rank=rank))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lowrank_cli.models.targets.select", lambda *_: [name[:-7] for name, _ in weights])
+            patch.setattr("lowrank_cli.models.targets.matrices", lambda *_: dict(weights))
             (group,) = method.param_groups(Layer(), [{"params": weights, "role": "full"}])
         assert (group["rank"], group["scale"]) == (rank, scale)

@@ -126,5 +126,5 @@ def test_a_text_instead_of_a_list_is_a_programmers_mistake(llama):
 def test_a_model_that_the_default_does_not_know():
     with pytest.raises(UsageError) as error:
         select(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), None)
-    assert error.value.message == "no attention or feed-forward linear was recognised in Sequential"
+    assert error.value.message == "no linear of a repeating layer was recognised in Sequential"
     assert error.value.hint == "name the linears yourself; linears of this model: 0"

@@ -16,6 +16,7 @@ in docs/methods/gradnormlorp.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -217,7 +218,7 @@ class GradNormLoRP(Method):
         if "weight_norm" not in group:
             return memory
         # the magnitude, the direction's norm, and the rule on the magnitude
-        return replace(memory, states=memory.states + 8 * shape[0] + state_bytes(optimizer, shape[:1]))
+        return replace(memory, states=memory.states + 8 * math.prod(shape[:-1]) + state_bytes(optimizer, shape[:-1]))
 
 
 def split(groups: list[dict], names: set[str]) -> tuple[list[dict], list[dict]]:

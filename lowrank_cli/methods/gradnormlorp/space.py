@@ -22,7 +22,7 @@ from torch import Tensor
 from lowrank_cli.ops.precision import wide
 from lowrank_cli.optim.projected import Projected
 from lowrank_cli.optim.projection import project
-from lowrank_cli.optim.space import Move, Part
+from lowrank_cli.optim.space import Move, Part, is_batch
 from lowrank_cli.optim.write import add_, put_
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Normalised(Projected):
 
     def __init__(self, weight: Tensor, group: dict, optimizer: LowRankOptimizer):
         super().__init__(weight, group, optimizer)
-        self._direction: Direction | None = None
+        self._direction: Direction | Directions | None = None
 
     @classmethod
     def check(cls, group: dict) -> None:
@@ -57,10 +57,10 @@ class Normalised(Projected):
         if group["weight_norm"] not in WEIGHT_NORMS:
             raise ValueError(f"weight_norm is {group['weight_norm']!r}; it is one of {', '.join(WEIGHT_NORMS)}")
         for p in group["params"]:
-            if p.dim() != 2:
+            if p.dim() != 2 and not is_batch(p.shape, group):
                 raise ValueError(f"weight_norm takes matrices, not a tensor of shape {tuple(p.shape)}")
 
-    def direction(self) -> Direction:
+    def direction(self) -> Direction | Directions:
         """Return magnitude and direction of the weight as it stands between two steps; the first call makes both."""
         if self._direction is None:
             state = self.state
@@ -68,7 +68,8 @@ class Normalised(Projected):
                 state["norm"] = row_norms(self.weight)
                 state["magnitude"] = state["norm"].clone()
             detached = self.group["weight_norm"] == "detached"
-            self._direction = Direction(self.weight.detach(), state["magnitude"], state["norm"], detached=detached)
+            kind = Directions if self.is_batch else Direction
+            self._direction = kind(self.weight.detach(), state["magnitude"], state["norm"], detached=detached)
         return self._direction
 
     def made_small(self, grad: Tensor) -> list[Tensor]:
@@ -112,8 +113,13 @@ class Normalised(Projected):
         magnitude = state["magnitude"]
         add_(magnitude, of_magnitude.update, alpha=of_magnitude.alpha, beta=of_magnitude.beta, noise=None)
         update = self.layout.expandable(move.update, bases)
-        compose_(self.weight, magnitude, state["norm"], update, bases, alpha=self.group["scale"], direction=direction,
-                 noise=self.noise())  # fmt: skip
+        common = {"alpha": self.group["scale"], "noise": self.noise()}
+        if not self.is_batch:
+            compose_(self.weight, magnitude, state["norm"], update, bases, direction=direction, **common)
+            return
+        for i, one in enumerate(direction.each):
+            own = {side: basis[i] for side, basis in bases.items()}
+            compose_(self.weight[i], magnitude[i], state["norm"][i], update[i], own, direction=one, **common)
 
     # ---- in backward
 
@@ -231,6 +237,28 @@ class Direction:
         return result.addcmul_(weight, pull.unsqueeze(1), value=-1)
 
 
+class Directions:
+    """Directions are those of a batch of matrices, such as experts: every argument has one more dimension."""
+
+    def __init__(self, weight: Tensor, magnitude: Tensor, norm: Tensor, *, detached: bool = False):
+        self.each = [Direction(*one, detached=detached) for one in zip(weight, magnitude, norm, strict=True)]
+        self.empty = norm[:0]
+
+    def collect(self, grad: Tensor, bases: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return dg (E, m), and the projections of dV, see `Direction.collect`."""
+        if not self.each:
+            return torch.zeros_like(grad[..., 0], dtype=self.empty.dtype), project(grad, bases).to(self.empty.dtype)
+        found = [
+            one.collect(grad[i], {side: basis[i] for side, basis in bases.items()}) for i, one in enumerate(self.each)
+        ]
+        return torch.stack([dots for dots, _ in found]), torch.stack([small for _, small in found])
+
+    def dense(self, grad: Tensor) -> Tensor:
+        """Return dV itself, (E, m, n), in the gradient's dtype."""
+        found = [one.dense(grad[i]) for i, one in enumerate(self.each)]
+        return torch.stack(found) if found else grad.clone()
+
+
 def compose_(
     weight: Tensor, magnitude: Tensor, norm: Tensor, update: Tensor, bases: dict[str, Tensor], *, alpha: float,
     direction: Direction, noise: torch.Generator | None = None,
@@ -275,8 +303,8 @@ def compose_(
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """||W_i|| of every row, (m,), float32 or wider."""
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide(weight.dtype))
+    """||W_i|| of every row, (m,) or (E, m), float32 or wider."""
+    return torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=wide(weight.dtype))
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:

@@ -34,21 +34,25 @@ if TYPE_CHECKING:
     from lowrank_cli.config import RunConfig
     from lowrank_cli.parallel.replicas import Alone
 
-# the letters of the paper's tables, for LLaMA-like names and for BERT-like ones
+# linears that are several in one: they read one input, and are wrapped as one
+QKV, GATE_UP = ("qkv_proj", "query_key_value", "Wqkv"), ("gate_up_proj",)
+# the letters of the paper's tables, for LLaMA-like names and for others
 LETTERS = {
-    "q": ("q_proj", "query"),
-    "k": ("k_proj", "key"),
-    "v": ("v_proj", "value"),
-    "o": ("o_proj", "attention.output.dense"),
-    "g": ("gate_proj",),
-    "u": ("up_proj", "intermediate.dense"),
-    "d": ("down_proj", "output.dense"),
+    "q": ("q_proj", "query", *QKV),
+    "k": ("k_proj", "key", *QKV),
+    "v": ("v_proj", "value", *QKV),
+    "o": ("o_proj", "out_proj", "attention.output.dense", "attention.dense"),
+    "g": ("gate_proj", *GATE_UP),
+    "u": ("up_proj", "intermediate.dense", "dense_h_to_4h", "fc1", "fc_in", *GATE_UP),
+    "d": ("down_proj", "output.dense", "dense_4h_to_h", "fc2", "fc_out"),
 }
 # linears of a layer that read the same tensor: wrapping some of them frees nothing
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 # what PEFT calls the two linears of an adapter
 # a linear in two: which of them has the input, and which has not; of LoRA, and of WeLore's two forms
 FIRST, SECOND = (".lora_A.default", ".B", ".pivots"), (".lora_B.default", ".A", ".others")
+# the paper's choice of layers, sec. 4
+PAPERS = "vd"
 # features in a group, where num_groups is left open
 GROUP_SIZE = 16
 
@@ -63,7 +67,7 @@ class VeLoRA(Method):
 
     @dataclass(frozen=True)
     class Config:
-        layers: str = option("vd", "letters of q k v o g u d, or names and patterns joined by commas")
+        layers: str = option(PAPERS, "letters of q k v o g u d, or names and patterns joined by commas")
         num_groups: str | None = option(
             None, "groups of features, one number or one for each letter or name; features / 16 unless given"
         )
@@ -142,16 +146,17 @@ class VeLoRA(Method):
                 chosen = [candidates[n] for n in names]
             else:
                 chosen = [found for n, found in candidates.items() if part in n or fnmatch(n, part)]
-            if not chosen:
-                leaves = sorted({n.rpartition(".")[2] for n in candidates})
+            chosen = [(name, module) for name, module in chosen if type(module) is Linear]
+            # a mixture of experts has no down projection that is a linear: the paper's choice is what there is of it
+            if not chosen and (text != PAPERS or (i == len(parts) - 1 and not found)):
+                leaves = sorted({n.rpartition(".")[2] for n, (_, m) in candidates.items() if type(m) is Linear})
                 raise UsageError(
                     f"--velora-layers {text}: this model has no trained linear {part}",
                     f"letters: {' '.join(LETTERS)}; names: {', '.join(leaves)}",
                 )
             wanted = counts[i if len(counts) > 1 else 0] if counts else None
             for name, module in chosen:
-                if type(module) is Linear:
-                    found[name] = (module, self.groups_for(name, module.in_features, wanted))
+                found[name] = (module, self.groups_for(name, module.in_features, wanted))
         return found
 
     def candidates(self, model: nn.Module) -> dict[str, tuple[str, nn.Linear]]:
