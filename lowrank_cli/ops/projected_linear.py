@@ -28,7 +28,7 @@ from lowrank_cli.ops.precision import wide
 
 
 class Handle:
-    """A layer's way to the space of its weight; a copy of the layer has none, and is an ordinary one."""
+    """A layer's way to the space of its weight, which a copy of the layer does not get."""
 
     def __init__(self, space: Any = None):
         self.space = space
@@ -38,12 +38,6 @@ class Handle:
         `functional_call` has put in its weight's place; a weight that is cut is put together for the moment."""
         space = self.space
         return space is not None and (weight is space.weight or space.layout.is_cut)
-
-    def __deepcopy__(self, memo: dict) -> Handle:
-        return Handle()
-
-    def __reduce__(self) -> tuple:
-        return Handle, ()
 
 
 class ProjectedLinear(nn.Linear):

@@ -371,3 +371,20 @@ def test_no_tensor_of_the_weights_size_is_held_or_made():
 def test_a_wrong_group_is_refused(tags, message):
     with pytest.raises(ValueError, match=message):
         GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(4, 4, 4))], **tags}])
+
+
+def test_the_magnitude_has_a_rate_of_its_own():
+    moved, norms = [], []
+    for factor in (1.0, 0.25):
+        torch.manual_seed(0)
+        weight = nn.Parameter(point()[2])
+        weight.grad = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(5))
+        group = {"params": [weight], "rank": 4, "space": Normalised, "magnitude_scale": factor}
+        optimizer = GaLoreAdamW([group], lr=0.01)
+        start = row_norms(weight)
+        optimizer.step()
+        moved.append(optimizer.state[weight]["magnitude"] - start)
+        norms.append(optimizer.state[weight]["norm"])
+    # the direction moves as before
+    assert torch.equal(*norms)
+    assert (moved[1] - 0.25 * moved[0]).abs().max() < 1e-12 * moved[0].abs().max()
