@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.lowrank_linear import low_rank_linears, shape_of, weight_of
-from lowrank_cli.models.targets import select
+from lowrank_cli.models.targets import select, table
 from lowrank_cli.svd import calibration, layerwise
 from lowrank_cli.svd.shelf import Shelf
 from lowrank_cli.svd.spectrum import Decomposition, decompose
@@ -67,7 +67,7 @@ class Targets:
 
 
 def find_targets(model: nn.Module) -> Targets:
-    """Attention and feed-forward linears of every layer, but those that share their weight with another module.
+    """Find the linears of every layer, but those that share their weight with another module; say what is left out.
 
     Args:
         model: any, on the meta device too.
@@ -79,8 +79,11 @@ def find_targets(model: nn.Module) -> Targets:
     users: dict[Tensor, int] = {}
     for _, p in model.named_parameters(remove_duplicate=False):
         users[p] = users.get(p, 0) + 1
-    linears, skipped = {}, {}
-    for name, module in select(model, None).items():
+    linears, chosen = {}, select(model, None)
+    left = {row.name.removesuffix(".weight"): row.why for row in table(model)}
+    skipped = {name: f"is {why or 'of experts, which stay as they are'}" for name, why in left.items()
+               if name not in chosen}  # fmt: skip
+    for name, module in chosen.items():
         if users[module.weight] > 1:
             skipped[name] = "shares its weight with another module"
         elif min(shape_of(module)) < 2:

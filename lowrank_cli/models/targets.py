@@ -15,8 +15,6 @@ from lowrank_cli.errors import UsageError
 
 # a layer is an entry of a list: model.layers.3., transformer.h.0., bert.encoder.layer.11.
 _IN_LAYER = re.compile(r"(^|\.)\d+\.")
-# fewer outputs are gates, such as that of a shared expert
-FEW_OUTPUTS = 4
 # packages whose subclasses of nn.Linear are linears; one of a model's own may compute something else
 LINEAR_PACKAGES = ("torch", "bitsandbytes", "lowrank_cli", "peft")
 
@@ -41,8 +39,8 @@ class Matrix:
 def table(model: nn.Module) -> list[Matrix]:
     """Return every matrix of a model's repeating layers, in the model's order.
 
-    Linears, and the weights of experts that are kept as one tensor, are what methods act on. Routers, gates of a few
-    outputs, convolutions, and what else a layer multiplies by in a way of its own have a reason instead. What stands
+    Linears, and the weights of experts that are kept as one tensor, are what methods act on. Routers, gates of one
+    output, convolutions, and what else a layer multiplies by in a way of its own have a reason instead. What stands
     outside the decoder, such as a vision tower, is not in the table.
     """
     rows, inside = [], decoder_of(model)
@@ -66,7 +64,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def _why_not(inside: nn.Module, path: str, module: nn.Module, weight: Tensor) -> str:
     """Return the reason for leaving a matrix alone; empty if methods act on it."""
     if is_linear(module):
-        if out_features(module) < FEW_OUTPUTS:
+        if out_features(module) == 1:
+            # such as that of a shared expert
             return "a gate"
         siblings = inside.get_submodule(path.rpartition(".")[0]).children()
         return "a router" if out_features(module) in map(experts_of, siblings) else ""
@@ -74,7 +73,7 @@ def _why_not(inside: nn.Module, path: str, module: nn.Module, weight: Tensor) ->
         return "" if weight.dim() == 3 else "a bias or a scale of experts"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
-    return "a router" if "router" in type(module).__name__.lower() else "no plain product"
+    return "a router" if "router" in type(module).__name__.lower() else "no plain product of a matrix"
 
 
 def experts_of(module: nn.Module) -> int | None:

@@ -16,7 +16,7 @@ from lowrank_cli.models.source import place
 ADAPTERS = [
     f"{name} --{name}-target-modules lm_head" + (f" --{name}-mode adapter" if hasattr(method.Config, "mode") else "")
     for name in methods.names()
-    if hasattr((method := methods.get(name)).Config, "target_modules") and "finetune" in method.commands
+    if "finetune" in (method := methods.get(name)).commands and (method.adapter or hasattr(method.Config, "mode"))
 ]
 
 

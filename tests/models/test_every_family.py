@@ -84,7 +84,8 @@ def test_a_linear_of_a_model_is_one_if_it_multiplies_like_one():
     model = torch.nn.ModuleList([torch.nn.ModuleDict({k.__name__: k(8, 8) for k in (Same, Pair, Half)})])
     torch.random.set_rng_state(state)
     assert {row.name: row.why for row in table(model)} == {
-        "0.Same.weight": "", "0.Pair.weight": "no plain product", "0.Half.weight": "no plain product",
+        "0.Same.weight": "", "0.Pair.weight": "no plain product of a matrix",
+        "0.Half.weight": "no plain product of a matrix",
     }  # fmt: skip
     # looking at a model draws no random number of a run
     assert torch.random.get_rng_state().equal(state)
