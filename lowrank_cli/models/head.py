@@ -1,4 +1,4 @@
-"""How a causal language model makes logits of what its head is given: found out by calling its own forward.
+"""Find out what a causal language model does to the logits of its head, by calling its own forward.
 
 The logits of nearly every architecture are f(W h + b), where f changes each logit by itself: nothing at all (LLaMA), a
 scale (Granite, Cohere) or a soft cap, c tanh(s z / c) (Gemma 2). Which one is not asked of a list of architectures:
@@ -54,7 +54,7 @@ def tail_of(model: nn.Module) -> Tail | None:
 
 
 def head_input(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """What the head of a model that has a tail is given, (B, T, D): the model's own forward without its logits.
+    """The input of the head of a model that has a tail, (B, T, D), by the model's own forward without its logits.
 
     Args:
         model: a model that `tail_of` knows.
@@ -139,7 +139,7 @@ def _values(vocabulary: int) -> Tensor:
 
 
 def _widths(model: PreTrainedModel, head: nn.Linear) -> list[int]:
-    """What the body's hidden states may have: the head's, or the layers' where a projection comes before the head."""
+    """Widths that the body's hidden states may have: the head's, or the layers' where a projection comes before the head."""
     of_layers = getattr(model.config.get_text_config(), "hidden_size", None)
     return list(dict.fromkeys(width for width in (head.in_features, of_layers) if isinstance(width, int)))
 
