@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowrank_cli import console, methods
 from lowrank_cli.compress import streaming
@@ -21,6 +20,7 @@ from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length,
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
+from lowrank_cli.models.kinds import refuse_kind
 from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD
 from lowrank_cli.models.source import Source, locate
 from lowrank_cli.settings.training import DataConfig
@@ -102,11 +102,7 @@ def outline(config: RunConfig) -> Outline:
     part = compressing(config)
     source = locate(config.model, offline=config.common.offline)
     architecture = models.config_of(config.model, offline=config.common.offline)
-    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UsageError(
-            f"{source.name} is not a causal language model: {architecture.model_type}",
-            "take a decoder such as llama, mistral, qwen2 or gpt2",
-        )
+    refuse_kind(architecture, source.name, causal=True)
     quantization = dict(getattr(architecture, "quantization_config", None) or {})
     compressed = quantization.get("quant_method") == QUANT_METHOD
     merging = compressed and config.compress.format == "dense"

@@ -59,6 +59,8 @@ class Reader:
         self.config, self.source = config, source
         self.device = models.device_of(config.common.device)
         self.model: nn.Module | None = None
+        # before any weight: a kind of model that is not supported
+        self.architecture = None if source.gguf else models.config_of(config.model, offline=config.common.offline)
         self.files = self.index(source)
         self.has_head = False  # the files' names are those of the language model, not of the model inside it
         for skeleton in self.skeletons() if self.files else ():
@@ -74,11 +76,10 @@ class Reader:
 
     def skeletons(self) -> Iterator[nn.Module]:
         """The language model of the configuration, and the model without a head, such as a plain BERT; on meta."""
-        architecture = models.config_of(self.config.model, offline=self.config.common.offline)
-        if type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            yield models.meta(architecture)
+        if type(self.architecture) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            yield models.meta(self.architecture)
         with torch.device("meta"):
-            yield AutoModel.from_config(architecture)
+            yield AutoModel.from_config(self.architecture)
 
     def load(self) -> nn.Module:
         """The whole model, for what the files cannot give."""

@@ -105,7 +105,11 @@ def _open(config: RunConfig, out: str | None, *, offline: bool, head: Head | Non
 
 
 def _classifier(config: RunConfig, *, offline: bool) -> tuple[str, int]:
-    """Return the model's name, and how many labels its head has: 0 for a language model."""
+    """Return the model's name, and how many labels its head has: 0 for a language model.
+
+    Raises:
+        UsageError: a model of a kind that is not supported.
+    """
     from lowrank_cli.models.load import labels_of
     from lowrank_cli.models.source import locate
 

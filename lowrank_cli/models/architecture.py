@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from lowrank_cli import foreign
 from lowrank_cli.errors import MissingError, UsageError, unknown
 from lowrank_cli.models import presets
+from lowrank_cli.models.kinds import DECODERS, refuse_kind
 from lowrank_cli.settings.training import ModelConfig
 
 # written by the program that saved the file; ours are set by the tokenizer, the flags or the installed Transformers
@@ -60,6 +61,7 @@ def build_config(
         reason = str(error).strip().splitlines()[-1].strip().partition("Error: ")
         reason = reason[2] or reason[0]
         raise UsageError(f"{where} does not describe a model: {reason}", "mend that value in the file") from None
+    refuse_kind(config, where, causal=True)
     # once more with the names and defaults of the architecture: n_embd and n_head of gpt2
     shape = {key: getattr(config, key, None) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
     _check_heads(shape, where, "head_dim" in raw)
@@ -114,7 +116,7 @@ def _check_model_type(raw: dict[str, Any], where: str) -> None:
     if model_type in CONFIG_MAPPING:
         raise UsageError(
             f"{where}: {model_type} has no causal language model in Transformers",
-            "take a decoder such as llama, mistral, qwen2 or gpt2",
+            DECODERS,
         )
     raise unknown("model_type", str(model_type), causal, where)
 

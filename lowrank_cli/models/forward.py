@@ -5,40 +5,19 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from lowrank_cli.models.head import head_input, tail_of
 from lowrank_cli.ops.loss import chunked_cross_entropy
 from lowrank_cli.ops.loss import num_targets as count_targets
 from lowrank_cli.ops.precision import wide
-
-# model_type of architectures whose logits are lm_head(hidden states) and nothing more: no scale, no soft cap.
-# A test compares each with the model's own loss; a new one belongs here only with that test.
-PLAIN_HEAD = frozenset(
-    {
-        *(
-            "bloom",
-            "codegen",
-            "falcon",
-            "gemma",
-            "gpt2",
-            "gpt_neo",
-            "gpt_neox",
-            "gptj",
-            "llama",
-            "ministral",
-            "mistral",
-        ),
-        *("mpt", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
-    }
-)
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: int | Tensor | None = None) -> Tensor:
     """Next-token cross-entropy of a batch: the model's own `model(**batch).loss`, in less memory where it can be.
 
-    Architectures in `PLAIN_HEAD` with an untouched linear head never hold the tokens x vocabulary logits; any other
-    model (a scaled or soft-capped head, a head that a method has replaced, a wrapped model) computes its
-    logits as usual. The balancing loss of a mixture of experts is not part of it.
+    A model with an untouched linear head, whose logits are at most scaled and soft-capped, never holds the
+    tokens x vocabulary logits; any other (a head that a method has replaced, a wrapped model) computes its logits as
+    usual. The balancing loss of a mixture of experts is not part of it.
 
     Args:
         model: a causal language model.
@@ -66,17 +45,24 @@ def chunked_loss(
     model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, num_targets: int | Tensor | None
 ) -> Tensor:
     """The loss of a model that `takes_chunked_path`."""
-    hidden = model.base_model(**inputs, use_cache=False)[0]  # (B, T, D)
-    head = model.get_output_embeddings()
-    return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, num_targets=num_targets)
+    tail, head = tail_of(model), model.get_output_embeddings()
+    return chunked_cross_entropy(
+        head_input(model, inputs),
+        head.weight,
+        labels,
+        bias=head.bias,
+        scale=tail.scale,
+        cap=tail.cap,
+        num_targets=num_targets,
+    )
 
 
 def takes_chunked_path(model: nn.Module) -> bool:
-    """Return whether the loss of this model is computed in chunks, without holding all of its logits."""
-    if not isinstance(model, PreTrainedModel) or model.config.model_type not in PLAIN_HEAD:
-        return False
-    # a subclass may compute something else
-    if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
+    """Return whether the loss of this model is computed in chunks, without holding all of its logits.
+
+    The answer for a model on the meta device is that for the same one with weights.
+    """
+    if tail_of(model) is None:
         return False
     head = model.get_output_embeddings()
     # an adapter, a parametrization or a quantized head is another class

@@ -25,10 +25,13 @@ from transformers import (
 from transformers.utils import logging
 
 from lowrank_cli import foreign
-from lowrank_cli.errors import LowrankError, MissingError, UsageError, unknown
+from lowrank_cli.errors import LowrankError, MissingError, UsageError
 from lowrank_cli.misfortune import explained
 from lowrank_cli.models import quantized
 from lowrank_cli.models.architecture import build_config, check_length, positions
+from lowrank_cli.models.causality import refuse_lookahead
+from lowrank_cli.models.devices import device_of, dtype_of
+from lowrank_cli.models.kinds import refuse_kind
 from lowrank_cli.models.source import Source, locate, tokenizer_of
 from lowrank_cli.models.tying import apart
 from lowrank_cli.ops.finite import refuse_non_finite
@@ -81,25 +84,30 @@ def load(
         head: a classification head instead of the language model's.
         quantize: keep the layers' linears in 4 bits, frozen: nf4 or fp4, through bitsandbytes.
     Raises:
-        UsageError: not a causal language model, or weights that do not fit its configuration.
+        UsageError: not a causal language model, by its type or by what its logits depend on, or weights that do not
+            fit its configuration.
         MissingError: no such model.
         ValueError: a configuration and weights to continue from.
     """
     if config is not None and model.continue_from is not None:
         raise ValueError(f"a configuration for random weights, and weights to continue from: {model.continue_from}")
     if config is not None:
-        net = _draw(config, dtype, seed)
+        net, name = _draw(config, dtype, seed), f"a {config.model_type} of this configuration"
     else:
         options = {}
         if quantize is not None:
             options = _quantization(quantize, dtype, device)
-        net = load_weights(locate(model, offline=offline), dtype, head=head, **options)
+        source = locate(model, offline=offline)
+        net, name = load_weights(source, dtype, head=head, **options), source.name
     for module in net.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # a weight that is repacked in the first evaluation passes no gradient on in the updates after it
             module.support_avx512bf16_for_cpu = False
     prepare(net, model.activation_checkpointing)
-    return net if quantize else net.to(device)
+    net = net if quantize else net.to(device)
+    if head is None:
+        refuse_lookahead(net, name)
+    return net
 
 
 def prepare(net: PreTrainedModel, activation_checkpointing: bool) -> None:
@@ -125,8 +133,7 @@ def meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTra
 def config_of(model: ModelConfig, *, offline: bool) -> PretrainedConfig:
     """The configuration of the weights that `load` would take, without loading them; raises as `load` does."""
     source = locate(model, offline=offline)
-    with _readable_errors(source):
-        config = foreign.from_pretrained(AutoConfig, source.location, **source.arguments)
+    config = _configuration(source)
     _look(source, config)
     return config
 
@@ -136,10 +143,17 @@ def labels_of(source: Source) -> int:
     folder = source.location if source.adapter is None else source.adapter
     if source.gguf is not None or (source.adapter is not None and is_language_model(Path(folder))):
         return 0
-    with _readable_errors(source):
-        config = foreign.from_pretrained(AutoConfig, folder, local_files_only=source.is_local)
+    config = _configuration(source, folder, local_files_only=source.is_local)
     classifies = source.adapter is not None or any(_CLASSIFIER in name for name in config.architectures or ())
     return config.num_labels if classifies else 0
+
+
+def _configuration(source: Source, folder: str | Path | None = None, **options: Any) -> PretrainedConfig:
+    """The configuration of a place, or of a folder that belongs to it, if it is of a kind that is supported."""
+    with _readable_errors(source), _quiet():
+        config = foreign.from_pretrained(AutoConfig, folder or source.location, **(options or source.arguments))
+    refuse_kind(config, source.name)
+    return config
 
 
 def _look(source: Source, config: PretrainedConfig) -> None:
@@ -179,38 +193,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Sized, *, training: bool
     )
 
 
-def dtype_of(name: str, device: torch.device | str) -> torch.dtype:
-    """The dtype of a name; auto is bfloat16 on a GPU that computes in it, else float32."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name == "auto":
-        device = torch.device(device)
-        if device.type != "cuda":
-            return torch.float32
-        with torch.cuda.device(device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    if name not in named:
-        raise unknown("dtype", name, ["auto", *named], "--dtype")
-    return named[name]
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a name such as auto, cpu, cuda or cuda:1; raises UsageError if it is not on this machine."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device is {name!r}", "it takes auto, cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        there = ", ".join(f"cuda:{i}" for i in range(count)) or f"no GPU that PyTorch {torch.__version__} can use"
-        raise UsageError(f"there is no device {name} on this machine", f"here: cpu, {there}; --device auto chooses")
-    return device
-
-
 def _draw(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """Random weights of the seed, on the CPU."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -223,6 +205,7 @@ def _draw(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    refuse_kind(config, "the model", causal=True)
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_attention(config))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -255,8 +238,9 @@ def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None
     auto = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     # the bar of the conversion from GGUF goes to stderr whatever the logging level
     silent = redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
-    with _readable_errors(source), _quiet(), silent:
-        config = foreign.from_pretrained(AutoConfig, source.location, **source.arguments, **labels)
+    with silent:
+        config = _configuration(source, **source.arguments, **labels)
+    refuse_kind(config, source.name, causal=head is None)
     _look(source, config)
     if source.gguf is None:
         options = quantized.dequantizing(config.to_dict()) | options

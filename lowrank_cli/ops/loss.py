@@ -24,19 +24,25 @@ def chunked_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
     num_targets: int | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Mean of -log softmax(W h_t + b)[label] over the targets, differentiable once in hidden, weight and bias.
+    """Mean of -log softmax(f(W h_t + b))[label] over the targets, differentiable once in hidden, weight and bias.
 
-    Targets of -100 are dropped before the product, so that padding costs nothing. Logits are in the dtype of the
-    weight; softmax, loss and the sum of weight gradients over the chunks are in float32 (float64 for float64).
+    f(z) = scale z, or with a soft cap f(z) = cap tanh(scale z / cap), of every logit by itself.
+
+    Targets of -100 are dropped before the product, so that padding costs nothing. W h_t + b is in the dtype of the
+    weight; f, softmax, loss and the sum of weight gradients over the chunks are in float32 (float64 for float64).
 
     Args:
         hidden: (B, T, D), where position t predicts label t + 1, or (N, D), where row i predicts label i.
         weight: (V, D), the output embedding.
         labels: (B, T), not shifted, or (N,); integers, -100 for no target.
         bias: (V,), of the output embedding.
+        scale: of f, not 0.
+        cap: of f, positive; None for no cap.
         num_targets: what the sum is divided by instead of the number of targets here. With several micro-batches
             in an update, give each the update's own number, and their losses and gradients add up to the update's.
         chunk_tokens: C; as many as keep C x V at 2**24, on a CPU at most 256, unless given. It changes the result
@@ -44,9 +50,11 @@ def chunked_cross_entropy(
     Returns:
         A float32 scalar (float64 for float64 weights); 0 with zero gradients when there is no target.
     Raises:
-        ValueError: shapes that do not fit, or a number of tokens that is not positive.
+        ValueError: shapes that do not fit, a number of tokens or a cap that is not positive, or a scale of 0.
     """
     _check(hidden, weight, labels, bias, chunk_tokens)
+    if scale == 0 or (cap is not None and cap <= 0):
+        raise ValueError(f"scale is {scale} and cap {cap}; the scale must not be 0, and a cap must be positive")
     if labels.dim() == 2:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
@@ -58,7 +66,8 @@ def chunked_cross_entropy(
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // len(weight))
     if chunk_tokens is None and not rows.is_cuda:
         chunk = min(chunk, CPU_CHUNK_TOKENS)
-    return _ChunkedCrossEntropy.apply(rows, weight, bias, labels, index, divisor, chunk, torch.is_grad_enabled())
+    tail = None if (scale, cap) == (1.0, None) else (scale, cap)
+    return _ChunkedCrossEntropy.apply(rows, weight, bias, labels, index, divisor, chunk, tail, torch.is_grad_enabled())
 
 
 def num_targets(labels: Tensor) -> Tensor:
@@ -71,8 +80,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are formed in forward, undivided, and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, labels, index, divisor, chunk, needs_grad):
-        needs_rows, needs_weight, needs_bias = (needs_grad and n for n in ctx.needs_input_grad[:3])
+    def forward(ctx, rows, weight, bias, labels, index, divisor, chunk, tail, needs_grad):
+        needs_rows, needs_weight, needs_bias = needs = [needs_grad and n for n in ctx.needs_input_grad[:3]]
         dtype = _accumulation_dtype(weight)
         total = torch.zeros((), dtype=dtype, device=rows.device)
         grad_rows = torch.zeros_like(rows) if needs_rows else None  # (N, D)
@@ -83,12 +92,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for part in index.split(chunk):
                 targets = labels[part].unsqueeze(1)  # (C, 1)
                 x = rows[part].to(weight.dtype)  # (C, D)
-                log_probs = F.linear(x, weight, bias).log_softmax(-1, dtype=dtype)  # (C, V)
+                logits, slope = F.linear(x, weight, bias), None  # (C, V)
+                if tail is not None:
+                    logits, slope = _bent_(logits.to(dtype), *tail, needs_slope=any(needs))
+                log_probs = logits.log_softmax(-1, dtype=dtype)  # (C, V)
+                del logits
                 total -= log_probs.gather(1, targets).sum()
-                if not (needs_rows or needs_weight or needs_bias):
+                if not any(needs):
                     continue
                 # d loss / d logits = softmax - one_hot(target)
                 grad = log_probs.exp_().scatter_add_(1, targets, log_probs.new_full(targets.shape, -1.0))  # (C, V)
+                if slope is not None:
+                    grad *= slope
                 if needs_bias:
                     grad_bias += grad.sum(0)
                 grad = grad.to(weight.dtype)
@@ -107,7 +122,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         *grads, divisor = ctx.saved_tensors
         scale = grad_output / divisor
-        return (*(_scaled(g, scale, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 5)
+        return (*(_scaled(g, scale, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 6)
+
+
+def _bent_(logits: Tensor, scale: float, cap: float | None, *, needs_slope: bool) -> tuple[Tensor, Tensor | float]:
+    """f of logits (C, V), in their place, and its derivative there: (C, V), or a number where it is the same."""
+    if cap is None:
+        return logits.mul_(scale), scale
+    logits.mul_(scale / cap).tanh_()
+    # d cap tanh(scale z / cap) / dz = scale (1 - tanh^2)
+    slope = logits.square().mul_(-scale).add_(scale) if needs_slope else None
+    return logits.mul_(cap), slope
 
 
 def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:

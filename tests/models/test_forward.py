@@ -4,55 +4,26 @@ import copy
 
 import pytest
 import torch
+from tiny_models import CONFIGS, GATED, V, tiny, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lowrank_cli.models.forward import PLAIN_HEAD, causal_lm_loss, takes_chunked_path
+from lowrank_cli.memory.stand_ins import RealKernels
+from lowrank_cli.memory.tracker import Tracker
+from lowrank_cli.models.forward import causal_lm_loss, takes_chunked_path
+from lowrank_cli.models.head import tail_of
 from lowrank_cli.ops.loss import num_targets
 
 pytestmark = pytest.mark.numerical
 
 # the models' own loss, their norms and their positions are in float32: a few dozen roundings on a gradient's way
 SINGLE = 32 * 2**-24
-V = 61
-SMALL = {"vocab_size": V, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
-GATED = SMALL | {"intermediate_size": 24, "num_key_value_heads": 2}
-CONFIGS = dict.fromkeys(PLAIN_HEAD, GATED) | {
-    "bloom": SMALL | {"n_layer": 2, "n_head": 2},
-    "codegen": {"vocab_size": V, "n_embd": 16, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_inner": 24},
-    "falcon": SMALL,
-    "gpt2": {"vocab_size": V, "n_embd": 16, "n_head": 2, "n_layer": 2},
-    "gpt_neo": {"vocab_size": V, "hidden_size": 16, "num_heads": 2, "num_layers": 2}
-    | {"attention_types": [[["global", "local"], 1]], "intermediate_size": 24},
-    "gptj": {"vocab_size": V, "n_embd": 16, "n_head": 2, "n_layer": 2, "rotary_dim": 4, "n_inner": 24},
-    "gemma": GATED | {"head_dim": 8, "num_key_value_heads": 1},
-    "mpt": {"vocab_size": V, "d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2},
-    "opt": SMALL | {"ffn_dim": 24, "word_embed_proj_dim": 8},
-    "qwen3": GATED | {"head_dim": 8},
-    "ministral": GATED | {"head_dim": 8},
-    "smollm3": GATED | {"pad_token_id": 0},
-    "phi3": GATED | {"pad_token_id": 0},
-}
 
 
 @pytest.fixture(autouse=True)
 def seed_zero():
     torch.manual_seed(0)
-
-
-def tiny(model_type, **changes):
-    """Return a model in float64."""
-    config = AutoConfig.for_model(model_type, **(CONFIGS.get(model_type, GATED) | changes))
-    config.get_text_config().vocab_size = V
-    for name in ("dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "embedding_dropout"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).train()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def padded_batch():
@@ -82,9 +53,11 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
 
 def assert_close(grads, wanted):
     # that of a key's bias is zero but for rounding
-    least = 1e-6 * max(float(grad.norm()) for grad in wanted.values())
+    least = 1e-6 * max(float(grad.norm()) for grad in wanted.values() if grad is not None)
     for name, grad in wanted.items():
-        assert float((grads[name] - grad).norm()) < SINGLE * max(least, float(grad.norm())), name
+        # an expert that no token came to has none
+        assert (grads[name] is None) == (grad is None), name
+        assert grad is None or float((grads[name] - grad).norm()) < SINGLE * max(least, float(grad.norm())), name
 
 
 class HoldsLogits(TorchDispatchMode):
@@ -100,11 +73,26 @@ class HoldsLogits(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("model_type", sorted(PLAIN_HEAD))
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_equals_the_models_own_loss_and_gradients(model_type):
     model = tiny(model_type)
     assert takes_chunked_path(model)
+    with HoldsLogits(27) as chunked:
+        causal_lm_loss(model, padded_batch()).backward()
+    assert not chunked.found
+    model.zero_grad()
     assert_equals_own_loss(model, padded_batch())
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_is_decided_on_the_meta_device_as_with_weights(model_type):
+    with torch.device("meta"):
+        without = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.bfloat16)
+    tail = tail_of(tiny(model_type).eval())
+    assert tail is not None
+    # as the estimate of a run's memory asks, in the middle of a forward pass
+    with Tracker(on_cuda=True), RealKernels("cuda"):
+        assert tail_of(without) == tail
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2", "gemma"])
@@ -147,31 +135,107 @@ def test_holds_no_logits():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes"),
+    ("model_type", "changes", "scale", "cap"),
     [
-        ("granite", {"logits_scaling": 3.0}),
-        ("cohere", {"logit_scale": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
-        ("gemma2", {"head_dim": 8, "num_key_value_heads": 1, "final_logit_softcapping": 2.0}),
+        ("granite", {"logits_scaling": 3.0}, 1 / 3, None),
+        ("cohere", {"logit_scale": 0.3}, 0.3, None),
+        ("falcon_h1", {"lm_head_multiplier": 0.4}, 0.4, None),
+        ("gemma2", {"final_logit_softcapping": 2.0}, 1.0, 2.0),
+        ("gemma2", {"final_logit_softcapping": None}, 1.0, None),
+        ("nanochat", {"final_logit_softcapping": 0.125}, 1.0, 0.125),
     ],
 )
-def test_scaled_and_capped_heads_use_their_own_logits(model_type, changes):
+def test_finds_the_scale_and_the_cap_of_a_configuration(model_type, changes, scale, cap):
     model = tiny(model_type, **changes)
-    assert not takes_chunked_path(model)
+    tail = tail_of(model)
+    assert tail.scale == pytest.approx(scale, rel=1e-14)
+    assert tail.cap == cap
     assert_equals_own_loss(model, padded_batch())
 
 
-def test_a_replaced_subclassed_or_hooked_head_uses_the_models_logits():
+def test_finding_out_leaves_the_model_and_the_random_state_as_they_were():
+    model, seen = tiny("gemma2").eval(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: seen.append(1))
+    before, modules = torch.get_rng_state(), dict(model.named_modules())
+    assert tail_of(model) is not None
+    assert len(seen) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert dict(model.named_modules()) == modules
+    assert not any(module.training for module in modules.values())
+
+
+LLAMA = type(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **GATED)))
+
+
+class Subclass(LLAMA):
+    """A model that does something to the logits."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        outputs.logits = self.change(outputs.logits)
+        return outputs
+
+
+def noisy(self, logits):
+    return torch.nn.functional.dropout(logits, 0.5, self.training)
+
+
+def without_a_row(self, logits):
+    return torch.cat([logits[..., :5].new_full((*logits.shape[:-1], 5), -50.0), logits[..., 5:]], -1)
+
+
+CHANGES = {
+    "shift": lambda self, logits: logits + 1,
+    "one scale a token": lambda self, logits: logits / logits.norm(dim=-1, keepdim=True),
+    "normalised": lambda self, logits: logits.log_softmax(-1),
+    "a part of the vocabulary": without_a_row,
+    "one scale an entry": lambda self, logits: logits * torch.linspace(1, 1.001, logits.shape[-1]),
+    "another bend": lambda self, logits: 2 * torch.atan(logits / 2),
+    "a hard cap": lambda self, logits: logits.clamp(-2, 2),
+    "nothing": lambda self, logits: 0 * logits,
+    "the last position": lambda self, logits: logits[:, -1:],
+    "another order": lambda self, logits: logits.flip(1),
+    "noise": noisy,
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_any_other_function_of_the_logits_is_left_to_the_model(change):
+    model = tiny("llama").eval()
+    model.__class__ = type("Changed", (Subclass,), {"change": CHANGES[change]})
+    assert not takes_chunked_path(model)
+
+
+def test_a_subclass_is_judged_by_what_it_computes():
+    model = tiny("llama")
+    model.__class__ = type("Louder", (Subclass,), {"change": lambda self, logits: 2 * logits})
+    assert tail_of(model).scale == 2.0
+    batch = padded_batch()
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert causal_lm_loss(model, batch).item() == pytest.approx(loss.item(), rel=SINGLE)
+
+
+def test_a_replaced_or_hooked_head_uses_the_models_logits():
     class Louder(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    replaced, hooked, subclassed = tiny("llama"), tiny("llama"), tiny("llama")
+    replaced, hooked = tiny("llama"), tiny("llama")
     replaced.lm_head = Louder(16, V, bias=False, dtype=torch.float64)
     hooked.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
-    subclassed.__class__ = type("Mine", (type(subclassed),), {})
-    for model in (replaced, hooked, subclassed):
+    for model in (replaced, hooked):
         assert not takes_chunked_path(model)
         assert_equals_own_loss(model, padded_batch())
+
+
+def test_a_head_that_is_replaced_later_uses_the_models_logits():
+    model = tiny("llama")
+    assert takes_chunked_path(model)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert not takes_chunked_path(model)
+    assert_equals_own_loss(model, padded_batch())
 
 
 def test_a_wrapped_model_is_called_as_a_whole():
@@ -187,9 +251,12 @@ def test_a_wrapped_model_is_called_as_a_whole():
     torch.testing.assert_close(causal_lm_loss(Wrapper(model), batch), causal_lm_loss(model, batch))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "granite"])
-def test_micro_batches_add_up_on_both_paths(model_type):
-    model, batch = tiny(model_type), padded_batch()
+@pytest.mark.parametrize("chunked", [False, True])
+def test_micro_batches_add_up_on_both_paths(chunked):
+    model, batch = tiny("granite"), padded_batch()
+    if not chunked:
+        model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    assert takes_chunked_path(model) == chunked
     total = num_targets(batch["labels"])
     whole = causal_lm_loss(model, batch)
     whole.backward()
@@ -201,7 +268,7 @@ def test_micro_batches_add_up_on_both_paths(model_type):
     assert_close(gradients_of(model), wanted)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "granite"])
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gemma2"])
 def test_a_batch_without_targets_is_zero(model_type):
     batch = padded_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)

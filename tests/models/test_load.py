@@ -226,7 +226,7 @@ def test_hub_that_does_not_answer(monkeypatch):
         ({"num_hidden_layers": 3}, "lacks 9 of the tensors of a llama model, such as model.layers.2."),
         ({"vocab_size": 41}, "has another shape for 2 of the tensors of a llama model, such as lm_head.weight"),
         ({"model_type": "lama"}, "is not a causal language model that Transformers can load"),
-        ({"model_type": "t5"}, "is not a causal language model that Transformers can load"),
+        ({"model_type": "t5"}, "is an encoder-decoder (t5), which no command of lowrank supports"),
         ({"hidden_size": "x"}, "is not a causal language model that Transformers can load"),
     ],
 )

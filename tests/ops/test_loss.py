@@ -24,10 +24,11 @@ def problem(n, d, v, *, ignored=0.3, dtype=torch.float64, seed=0, bias=False):
     return hidden, weight, labels, b
 
 
-def reference(hidden, weight, labels, bias=None):
+def reference(hidden, weight, labels, bias=None, scale=1.0, cap=None):
     """Value and gradients by F.cross_entropy in float64, of the same (rounded) inputs."""
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    logits = F.linear(*leaves)
+    logits = scale * F.linear(*leaves)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     total = F.cross_entropy(logits, labels, reduction="sum")
     loss = total / max(1, int((labels != -100).sum()))
     return loss.detach(), torch.autograd.grad(loss, leaves)
@@ -74,14 +75,46 @@ def test_equals_float64_cross_entropy_for_any_size_and_chunk(n, d, v, data, bias
     assert_equal(loss, grads, *reference(*inputs))
 
 
+TAILS = [(1.0, None), (0.25, None), (-3.0, None), (1.0, 2.0), (0.7, 1.5), (-0.7, 1.5)]
+
+
+@pytest.mark.parametrize(("scale", "cap"), TAILS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_scaled_and_capped_logits(scale, cap, bias):
+    inputs = problem(19, 4, 13, bias=bias)
+    loss, grads = value_and_grads(*inputs, scale=scale, cap=cap, chunk_tokens=5)
+    assert_equal(loss, grads, *reference(*inputs, scale=scale, cap=cap))
+
+
+@pytest.mark.parametrize(("scale", "cap"), TAILS)
+def test_scaled_and_capped_bfloat16_is_close(scale, cap):
+    inputs = problem(129, 16, 50, dtype=torch.bfloat16)
+    loss, grads = value_and_grads(*inputs, scale=scale, cap=cap)
+    expected, expected_grads = reference(*inputs, scale=scale, cap=cap)
+    # logits of 16 products are rounded to 8 bits once, their function is not
+    torch.testing.assert_close(loss.double(), expected, rtol=2**-6, atol=0)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert (grad.double() - wanted).norm() <= 2**-5 * wanted.norm()
+
+
+def test_a_head_of_262144_entries_holds_a_quarter_of_the_logits_of_256_tokens():
+    n, v = 256, 2**18  # Gemma 3's vocabulary
+    hidden, weight, labels, _ = problem(n, 1, v, dtype=torch.float32, ignored=0)
+    with LargestTensor() as largest, torch.no_grad():
+        chunked_cross_entropy(hidden, weight, labels, cap=30.0)
+    # and as much for any number of tokens; the model's own are tokens x vocabulary
+    assert largest.numel == CHUNK_ELEMENTS == n * v / 4
+
+
+@pytest.mark.parametrize(("scale", "cap"), TAILS)
 @pytest.mark.parametrize("chunk", [1, 3, 5, 64])
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradcheck(chunk, bias):
+def test_gradcheck(chunk, bias, scale, cap):
     hidden, weight, labels, b = problem(5, 3, 7, dtype=torch.float64, bias=bias)
     leaves = [x for x in (hidden, weight, b) if x is not None]
 
     def loss(hidden, weight, bias=None):
-        return chunked_cross_entropy(hidden, weight, labels, bias=bias, chunk_tokens=chunk)
+        return chunked_cross_entropy(hidden, weight, labels, bias=bias, scale=scale, cap=cap, chunk_tokens=chunk)
 
     assert torch.autograd.gradcheck(loss, leaves)
 
