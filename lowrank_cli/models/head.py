@@ -139,7 +139,8 @@ def _values(vocabulary: int) -> Tensor:
 
 
 def _widths(model: PreTrainedModel, head: nn.Linear) -> list[int]:
-    """Widths that the body's hidden states may have: the head's, or the layers' where a projection comes before the head."""
+    """Return widths that the body's hidden states may have: the head's, or the layers' where a projection comes
+    before the head."""
     of_layers = getattr(model.config.get_text_config(), "hidden_size", None)
     return list(dict.fromkeys(width for width in (head.in_features, of_layers) if isinstance(width, int)))
 
