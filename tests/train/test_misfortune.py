@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 
-def original_call(write_model, *args) -> None:
-    write_model(*args)
+def original_call(write_model, *args, **settings) -> None:
+    write_model(*args, **settings)
 
 
-def disk_is_full(write_model, *args) -> None:
+def disk_is_full(write_model, *args, **settings) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -84,7 +84,7 @@ def test_a_disk_that_fills_after_the_last_checkpoint(lowrank, tiny_flags, monkey
     from lowrank_cli.train import checkpoint
 
     original, calls = checkpoint.write_model, iter([original_call, disk_is_full])
-    monkeypatch.setattr(checkpoint, "write_model", lambda *args: next(calls)(original, *args))
+    monkeypatch.setattr(checkpoint, "write_model", lambda *args, **settings: next(calls)(original, *args, **settings))
     code, _, err = lowrank("pretrain --max-steps 2 --out run", *tiny_flags)
     assert code == 1, err
     assert "no space left on device" in err
