@@ -46,7 +46,7 @@ def table(model: nn.Module) -> list[Matrix]:
     rows, inside = [], decoder_of(model)
     prefix = next((f"{name}." for name, module in model.named_modules() if module is inside and name), "")
     for path, module in inside.named_modules():
-        if not _IN_LAYER.search(f"{path}."):
+        if not _IN_LAYER.search(path):
             continue
         for leaf, weight in module.named_parameters(recurse=False):
             if weight.dim() > 1 and not isinstance(module, nn.Embedding):

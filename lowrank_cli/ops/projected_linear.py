@@ -39,6 +39,12 @@ class Handle:
         space = self.space
         return space is not None and (weight is space.weight or space.layout.is_cut)
 
+    def __deepcopy__(self, memo: dict) -> Handle:
+        return Handle()
+
+    def __reduce__(self) -> tuple:
+        return Handle, ()
+
 
 class ProjectedLinear(nn.Linear):
     """An `nn.Linear` whose weight's space takes the gradient small, whenever its basis stands; a copy is an ordinary

@@ -172,7 +172,9 @@ def test_windows_are_no_longer_than_the_model_by_themselves(lowrank, stories, te
 @pytest.mark.parametrize("more", ["", "--dry-run"])
 def test_refuses_what_is_no_language_model(more, compress, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
-    assert "not a causal language model" in compress(f"--welore-rank 50 --out run {more}", code=2, model=tmp_path)
+    assert "is not a language model of a type that is supported" in compress(
+        f"--welore-rank 50 --out run {more}", code=2, model=tmp_path
+    )
     assert not Path("run").exists()
 
 
