@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 # logits where f is linear whatever the cap, and where every cap is reached
 SMALL, LARGE = 2**-6, 2.0**40
 # what a forward may raise that needs more of its body than hidden states
-NEEDS_MORE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+NEEDS_MORE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def _why_not(inside: nn.Module, path: str, module: nn.Module, weight: Tensor) ->
         if out_features(module) == 1:
             # such as that of a shared expert
             return "a gate"
-        siblings = inside.get_submodule(path.rpartition(".")[0]).children()
-        return "a router" if out_features(module) in map(experts_of, siblings) else ""
+        siblings = inside.get_submodule(path.rpartition(".")[0]).named_children()
+        counts = [len(m) if is_list_of_experts(name, m) else experts_of(m) for name, m in siblings]
+        return "a router" if out_features(module) in counts else ""
     if experts_of(module) is not None:
         return "" if weight.dim() == 3 else "a bias or a scale of experts"
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -77,13 +78,16 @@ def _why_not(inside: nn.Module, path: str, module: nn.Module, weight: Tensor) ->
 
 
 def experts_of(module: nn.Module) -> int | None:
-    """Return how many experts a module holds, in tensors of three dimensions or in a list; None if it holds none."""
-    if isinstance(module, nn.ModuleList):
-        return len(module)
+    """Return how many experts a module holds in tensors of three dimensions; None if it holds none."""
     found = next((p for p in module.parameters(recurse=False) if p.dim() == 3), None)
     if found is None or not (hasattr(module, "num_experts") or type(module).__name__.endswith("Experts")):
         return None
     return getattr(module, "num_experts", len(found))
+
+
+def is_list_of_experts(name: str, module: nn.Module) -> bool:
+    """Return whether a module holds experts that are modules of their own."""
+    return isinstance(module, nn.ModuleList) and "expert" in name
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ COLD_ROUNDS, WARM_ROUNDS = 2, 1
 OVERSAMPLING = 8
 # largest entries between these can be squared and summed in float32
 SAFE = (1e-12, 1e12)
-# the longest shorter side of a gradient whose eigenproblem `auto` solves
+# the longest shorter side of a gradient whose eigenproblem `auto` solves; measured in docs/log.md
 EXACT = 1024
 
 
@@ -200,8 +200,8 @@ def _double(grad: Tensor, side: str, rank: int, old: Tensor | None, seed: int) -
 def engine_for(engine: str, shape: tuple[int, ...]) -> str:
     """Return the engine that a group's `refresh` means for a gradient (m, n): `auto` is chosen by its shorter side.
 
-    `gram` finds the subspace of `svd` in a fifth of its time; its eigenproblem grows with the cube of that side, and
-    above EXACT `randomized` takes a third of the time of `gram` at a quarter of full rank, a thirtieth at a low rank.
+    `gram` finds the subspace of `svd` several times as fast; its eigenproblem grows with the cube of that side. For
+    4,096 it takes three times as long as `randomized` at a quarter of full rank, and thirty times at rank 128.
     """
     if engine != "auto":
         return engine

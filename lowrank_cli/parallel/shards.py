@@ -107,26 +107,20 @@ class Shard(Whole):
         return bases["left"].shape[1] if "left" in bases else self.shape[0]
 
 
-class Stack(Shard):
-    """A Stack is the layout of a batch of matrices that is cut between them: those of a process concern it alone."""
+class Stack(Whole):
+    """A Stack is the layout of a batch of matrices that is cut between them: those of a process are whole, and concern
+    it alone.
 
-    def basis(self, stored: Tensor, side: str) -> Tensor:
-        return stored
+    Args:
+        shape: of the whole batch.
+        replicas: the processes.
+    """
 
-    def whole_basis(self, stored: Tensor, side: str) -> Tensor:
-        return stored
+    is_cut = True
 
-    def own_basis(self, whole: Tensor) -> Tensor:
-        return whole
-
-    def settled(self, low_rank_grad: Tensor, bases: dict[str, Tensor]) -> Tensor:
-        return low_rank_grad
-
-    def total(self, part: Tensor) -> Tensor:
-        return part
-
-    def expandable(self, update: Tensor, bases: dict[str, Tensor]) -> Tensor:
-        return update
+    def __init__(self, shape: torch.Size, replicas: Replicas):
+        super().__init__(shape)
+        self.replicas = replicas
 
     def height(self, part: Tensor, bases: dict[str, Tensor]) -> int:
         return self.shape[0]
@@ -145,7 +139,7 @@ def own_rows(whole: Tensor, replicas: Replicas) -> Tensor:
 def layout(p: Tensor, *, batched: bool = False) -> Whole:
     """Return how a tensor of an optimizer lies over the processes; `batched` if it is a batch of matrices."""
     found = getattr(p, "_lowrank_shard", None) or Whole(p.shape)
-    return Stack(found.shape, found.replicas, found.source) if batched and found.is_cut else found
+    return Stack(found.shape, found.replicas) if batched and found.is_cut else found
 
 
 def part_of(source: Tensor, local: Tensor, replicas: Replicas) -> torch.nn.Parameter:

@@ -151,7 +151,7 @@ class Bench:
         count = iter(range(1000))
 
         def tokens_per_second(line: dict) -> float:
-            trial = Trial(line["row"], line["lr"], line["lr_other"], 60)
+            trial = Trial(line["row"], line["lr"], line["lr_other"], min(60, self.given.steps))
             folder = self.given.out / "speed" / f"{trial.name}-{os.getpid()}-{next(count)}"
             command = [sys.executable, "-m", "lowrank_cli", *trial.command(self.given).split(), "--out", str(folder)]
             subprocess.run(command, capture_output=True, check=True)

@@ -5,6 +5,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from lowrank_cli import methods
+from lowrank_cli.errors import UsageError
 from lowrank_cli.models.targets import table
 
 # what less than this share is targeted of, and why
@@ -34,7 +36,7 @@ NEEDS_MORE = (
     KeyError,
     ImportError,
     AssertionError,
-    NotImplementedError,
+    RuntimeError,
     StrictDataclassError,
 )
 
@@ -111,3 +113,47 @@ def test_nearly_all_of_every_model_is_targeted():
     assert not few
     # what is better by now is no exception any longer
     assert all(shares[name][0] < SHARE for name in LESS if name in shares)
+
+
+def groups_of(method, model) -> dict[str, str]:
+    """Return the role of every parameter that a method tags."""
+    groups = [{"params": list(model.named_parameters()), "role": "full"}]
+    return {name: group["role"] for group in method.param_groups(model, groups) for name, _ in group["params"]}
+
+
+# every method that projects the matrices of whole models and lets its user choose them
+@pytest.mark.parametrize("name", [n for n in methods.names() if issubclass(methods.get(n), methods.get("galore"))])
+def test_the_matrices_to_project_can_be_chosen_by_name(name):
+    model = on_meta(AutoConfig.for_model("mixtral", **DECODER | EXPERTS["mixtral"]))
+    kind = methods.get(name)
+    roles = groups_of(kind(kind.Config(target_modules="q_proj,*.0.mlp.experts.down_proj")), model)
+    chosen = {name for name, role in roles.items() if role != "full"}
+    assert chosen == {
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.0.mlp.experts.down_proj",
+    }
+    with pytest.raises(UsageError, match="matches no linear"):
+        groups_of(kind(kind.Config(target_modules="q_porj")), model)
+
+
+def wrapped(model_type: str, layers: str | None = None, sizes=DECODER) -> set[str]:
+    """Return the ends of the names of what VeLoRA wraps."""
+    kind = methods.get("velora")
+    model = on_meta(AutoConfig.for_model(model_type, **sizes | {"pad_token_id": 0}))
+    method = kind(kind.Config() if layers is None else kind.Config(layers=layers))
+    return {name.rpartition(".")[2] for name in method.targets(model)}
+
+
+def test_velora_finds_fused_linears_and_says_where_it_finds_none():
+    assert wrapped("llama") == {"v_proj", "down_proj"}
+    # one linear for q, k and v, and one for gate and up
+    assert wrapped("phi3") == {"qkv_proj", "down_proj"}
+    assert wrapped("phi3", "qkvu") == {"qkv_proj", "gate_up_proj"}
+    assert wrapped("gpt_neox") == {"query_key_value", "dense_4h_to_h"}
+    # experts are no linears: the paper's choice is what there is of it, and a choice of one's own is an error
+    mixtral = DECODER | EXPERTS["mixtral"]
+    assert wrapped("mixtral", sizes=mixtral) == {"v_proj"}
+    for model_type, layers, sizes in (("mixtral", "d", mixtral), ("gpt2", "c_proj", DECODER), ("gpt2", None, DECODER)):
+        with pytest.raises(UsageError, match="no trained linear"):
+            wrapped(model_type, layers, sizes)

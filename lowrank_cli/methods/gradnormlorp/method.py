@@ -98,7 +98,8 @@ class GradNormLoRP(Method):
         adapter_alpha: float = option(16.0, "the adapter's product is scaled by this over its rank", above=0)
         adapter_dropout: float = option(0.1, "dropout of the adapter's input", min=0, below=1)
         target_modules: str = option(
-            "all-linear", "adapter: all-linear (of the layers, never the head), or comma-separated parts of names"
+            "all-linear",
+            "matrices to train so: all-linear (of the layers, never the head), or comma-separated parts of names",
         )
 
     @property

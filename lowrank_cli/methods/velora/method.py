@@ -48,10 +48,9 @@ LETTERS = {
 }
 # linears of a layer that read the same tensor: wrapping some of them frees nothing
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-# what PEFT calls the two linears of an adapter
 # a linear in two: which of them has the input, and which has not; of LoRA, and of WeLore's two forms
 FIRST, SECOND = (".lora_A.default", ".B", ".pivots"), (".lora_B.default", ".A", ".others")
-# the paper's choice of layers, sec. 4
+# the paper's choice of layers
 PAPERS = "vd"
 # features in a group, where num_groups is left open
 GROUP_SIZE = 16
