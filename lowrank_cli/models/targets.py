@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.errors import UsageError
+from lowrank_cli.models.layers import outside_text
 
 # GaLore's rule is "attn" or "mlp"; the rest says the same of BERT and its relatives, MPT, OPT and BART
 _LAYER_PARTS = ("attn", "attention", "mlp", "feed_forward", "ffn", "intermediate", "output.dense", ".fc1", ".fc2")
@@ -18,8 +19,11 @@ _IN_LAYER = re.compile(r"(^|\.)\d+\.(?P<within>.+)")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear by its full name, in the model's order: nn.Linear and the Conv1D of GPT-2. Never an embedding."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    """Every linear by its full name, in the model's order: nn.Linear and the Conv1D of GPT-2. Never an embedding,
+    nor what text does not go through."""
+    outside = outside_text(model)
+    linear = (nn.Linear, Conv1D)
+    return {name: m for name, m in model.named_modules() if isinstance(m, linear) and m not in outside}
 
 
 def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
