@@ -59,7 +59,7 @@ def plan(config: RunConfig) -> Plan:
     check_budget(about.part, targets.shapes)
     given_spectra(config, targets.shapes)
     if about.weighting != "none":
-        passing = settings.samples * about.length * about.architecture.hidden_size * dtype.itemsize
+        passing = settings.samples * about.length * about.architecture.get_text_config().hidden_size * dtype.itemsize
         bounds = Spectra({}, targets.shapes, pifa=settings.pifa, allow_growth=settings.paper)
         needs |= weighted_needs(bounds, about.weighting == "two-sided", passing, len(layers_of(skeleton)))
     return Plan(targets.shapes, targets.skipped, about.weighting, needs)

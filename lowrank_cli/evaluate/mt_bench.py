@@ -134,7 +134,7 @@ def _prompt(subject: Subject, template: templates.Template, turns: list[Turn]) -
 @torch.inference_mode()
 def _reply(subject: Subject, prompt: list[int], temperature: float, max_new_tokens: int) -> str:
     model, tokenizer = subject.model, subject.tokenizer
-    room = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - max_new_tokens
     if room < 1:
         raise PreflightError(
             f"the model's context of {room + max_new_tokens} tokens has no room for an answer of {max_new_tokens}",

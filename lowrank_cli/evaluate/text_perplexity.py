@@ -275,7 +275,7 @@ def _words(text: Text, documents: list[list[int]], tokenizer: PreTrainedTokenize
 
 
 def _window(subject: Subject, settings: HarnessConfig) -> int:
-    longest = getattr(subject.model.config, "max_position_embeddings", None) or settings.window
+    longest = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or settings.window
     window = settings.window
     if window > longest:
         console.warn(f"--window {window} is more than the model's context; {longest} is taken")

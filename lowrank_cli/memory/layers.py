@@ -20,7 +20,7 @@ ENDS = 2
 def are_equal(model: nn.Module) -> bool:
     """Return whether all layers of a model are of the same kind and hold parameters of the same shapes and dtypes."""
     layers = layers_of(model)
-    kinds = getattr(model.config, "layer_types", None)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
     if kinds is not None and len(set(kinds)) > 1:
         return False
     shapes = {tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()) for layer in layers}
@@ -29,11 +29,12 @@ def are_equal(model: nn.Module) -> bool:
 
 def shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     """The same architecture with fewer layers."""
-    short, all_layers = copy.deepcopy(config), config.num_hidden_layers
-    for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == all_layers:
-            setattr(short, key, value[:num_layers])
-    short.num_hidden_layers = num_layers
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    for key, value in vars(text).items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, key, value[:num_layers])
+    text.num_hidden_layers = num_layers
     return short
 
 

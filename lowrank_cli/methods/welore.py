@@ -206,7 +206,8 @@ class WeLore(Method):
             )
         trained = {p for module in found.values() for p in module.parameters()}
         for name, p in model.named_parameters():
-            p.requires_grad_(p in trained or (self.config.train_norms and is_norm(name)))
+            wanted = p in trained or (self.config.train_norms and is_norm(name))
+            p.requires_grad_(p.requires_grad and wanted)
 
     def param_groups(self, model: nn.Module, groups: list[dict]) -> list[dict]:
         from lowrank_cli.models.lowrank_linear import low_rank_linears

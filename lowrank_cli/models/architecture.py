@@ -148,6 +148,7 @@ _OFFSET = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "
 
 def positions(config: PretrainedConfig) -> int | None:
     """Return how many tokens a sequence may have; None where the architecture sets no bound."""
+    config = config.get_text_config()
     bound = getattr(config, "max_position_embeddings", None)
     if not isinstance(bound, int) or bound < 1:
         return None

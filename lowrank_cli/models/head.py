@@ -74,12 +74,12 @@ def _find(model: nn.Module) -> Tail | None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head not in names or head.out_features < 2:
         return None
-    children = (child for child in model.children() if isinstance(child, PreTrainedModel))
-    # OPT's forward calls the decoder in its base model; Llama 4's base model is another class's
-    bodies = [m for m in dict.fromkeys((model.base_model, model.get_decoder(), *children)) if names.get(m)]
+    # OPT's forward calls the decoder in its base model, Llama 4's a whole language model
+    likely = (model.base_model, model.get_decoder(), *(m for m in names if isinstance(m, PreTrainedModel)))
+    bodies = [m for m in dict.fromkeys(likely) if all(part is not head for part in m.modules())]
     with _alone(model):
         for body, width in product(bodies, _widths(model, head)):
-            if body is not head and (found := _measure(model, names[body], names[head], head, width)) is not None:
+            if (found := _measure(model, names[body], names[head], head, width)) is not None:
                 return Tail(names[head], *found)
     return None
 
@@ -139,8 +139,7 @@ def _values(vocabulary: int) -> Tensor:
 
 
 def _widths(model: PreTrainedModel, head: nn.Linear) -> list[int]:
-    """Return widths that the body's hidden states may have: the head's, or the layers' where a projection comes
-    before the head."""
+    """Return the widths a body may have: the head's, or the layers' where a projection follows them."""
     of_layers = getattr(model.config.get_text_config(), "hidden_size", None)
     return list(dict.fromkeys(width for width in (head.in_features, of_layers) if isinstance(width, int)))
 

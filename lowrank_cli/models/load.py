@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -31,7 +30,8 @@ from lowrank_cli.models import quantized
 from lowrank_cli.models.architecture import build_config, check_length, positions
 from lowrank_cli.models.causality import refuse_lookahead
 from lowrank_cli.models.devices import device_of, dtype_of
-from lowrank_cli.models.kinds import refuse_kind
+from lowrank_cli.models.kinds import language_model_of, refuse_kind
+from lowrank_cli.models.layers import freeze_outside_text
 from lowrank_cli.models.source import Source, locate, tokenizer_of
 from lowrank_cli.models.tying import apart
 from lowrank_cli.ops.finite import refuse_non_finite
@@ -56,6 +56,8 @@ __all__ = [
 
 # checkpoints round the vocabulary up for the hardware; more than this is another tokenizer
 PADDED_VOCABULARY = 1.02
+# what only the pretraining of an encoder has, also where it is loaded as a decoder
+LEFT_BEHIND = ("cls.seq_relationship.", "pooler.dense.")
 _CLASSIFIER = "ForSequenceClassification"
 
 
@@ -149,7 +151,7 @@ def labels_of(source: Source) -> int:
 
 
 def _configuration(source: Source, folder: str | Path | None = None, **options: Any) -> PretrainedConfig:
-    """The configuration of a place, or of a folder that belongs to it, if it is of a kind that is supported."""
+    """The configuration of a place, or of a folder that belongs to it; raises UsageError for unsupported kinds."""
     with _readable_errors(source), _quiet():
         config = foreign.from_pretrained(AutoConfig, folder or source.location, **(options or source.arguments))
     refuse_kind(config, source.name)
@@ -206,8 +208,9 @@ def _draw(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     refuse_kind(config, "the model", causal=True)
+    auto, mapping = language_model_of(config)
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_attention(config))
+        net = auto.from_config(config, dtype=dtype, attn_implementation=_attention(config, mapping))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         if explained(error):
             raise
@@ -215,6 +218,8 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
             f"Transformers cannot build this {config.model_type}: {_last_line(error)}",
             "mend the model's configuration; --debug shows where it failed",
         ) from error
+    freeze_outside_text(net)
+    return net
 
 
 def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None, **options: Any) -> PreTrainedModel:
@@ -234,13 +239,14 @@ def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None
             f"score its own task with: lowrank eval TASK --model {source.name}; or give a language model",
         )
     labels = {} if head is None else head.arguments
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if head is None else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    auto = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     # the bar of the conversion from GGUF goes to stderr whatever the logging level
     silent = redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
     with silent:
         config = _configuration(source, **source.arguments, **labels)
     refuse_kind(config, source.name, causal=head is None)
+    auto, mapping = AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if head is None:
+        auto, mapping = language_model_of(config)
     _look(source, config)
     if source.gguf is None:
         options = quantized.dequantizing(config.to_dict()) | options
@@ -260,27 +266,39 @@ def load_weights(source: Source, dtype: torch.dtype, *, head: Head | None = None
         # dequantized on loading: what is left of the quantization would only keep it from being saved
         net.config.__dict__.pop("quantization_config", None)
         net.hf_quantizer = None
-    new = (
-        ()
-        if head is None
-        else {name.partition(".")[0] for name, _ in net.named_parameters()} - {net.base_model_prefix}
-    )
-    for problem, keys in (("lacks", report["missing_keys"]), ("has another shape for", report["mismatched_keys"])):
-        names = sorted(key if isinstance(key, str) else key[0] for key in keys)
-        names = [name for name in names if name.partition(".")[0] not in new and ".pooler." not in f".{name}"]
-        if names:
-            raise UsageError(
-                f"{source.name} {problem} {len(names)} of the tensors of a {net.config.model_type} model, "
-                f"such as {names[0]}",
-                "its weights and its config.json are not of the same causal language model"
-                if head is None
-                else "its weights and its config.json are not of the same model",
-            )
+    _check_report(source.name, net, report, head)
     # an adapter has to train and save these with it
     net.newly_drawn = frozenset(report["missing_keys"])
     net = net if source.adapter is None else _merged(net, source)
     refuse_non_finite(source.name, net.named_parameters())
+    freeze_outside_text(net)
     return net
+
+
+def _check_report(name: str, net: PreTrainedModel, report: Mapping[str, Any], head: Head | None) -> None:
+    """Raise UsageError for tensors that are not there, or that the model has no place for."""
+    kind, body = net.config.model_type, f"{net.base_model_prefix}."
+    new = set() if head is None else {key.partition(".")[0] for key, _ in net.named_parameters()} - {body[:-1]}
+    found = {  # problem: tensors
+        f"{name} lacks {{}} of the tensors of a {kind} model, such as {{}}": [
+            key for key in report["missing_keys"] if key.partition(".")[0] not in new and ".pooler." not in f".{key}"
+        ],
+        f"{name} has another shape for {{}} of the tensors of a {kind} model, such as {{}}": [
+            key for key, *_ in report["mismatched_keys"] if key.partition(".")[0] not in new
+        ],
+        f"{name} has {{}} tensors that a {type(net).__name__} has no place for, such as {{}}": [
+            key
+            for key in report["unexpected_keys"]
+            # a language model's head is left for a classifier's
+            if not any(part in key for part in LEFT_BEHIND) and (head is None or key.startswith(body))
+        ],
+    }
+    for problem, keys in found.items():
+        if keys:
+            kind = "causal language model" if head is None else "model"
+            raise UsageError(
+                problem.format(len(keys), min(keys)), f"its weights and its config.json are not of the same {kind}"
+            )
 
 
 def _quantization(quantize: str, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The table of a model's matrices, by structure and not by names, and the choice of those that a method acts on."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.errors import UsageError
+from lowrank_cli.models.layers import IN_LAYER, decoder_of, outside_text
 
-# a layer is an entry of a list: model.layers.3., transformer.h.0., bert.encoder.layer.11.
-_IN_LAYER = re.compile(r"(^|\.)\d+\.")
 # packages whose subclasses of nn.Linear are linears; one of a model's own may compute something else
 LINEAR_PACKAGES = ("torch", "bitsandbytes", "lowrank_cli", "peft")
 
@@ -46,19 +44,12 @@ def table(model: nn.Module) -> list[Matrix]:
     rows, inside = [], decoder_of(model)
     prefix = next((f"{name}." for name, module in model.named_modules() if module is inside and name), "")
     for path, module in inside.named_modules():
-        if not _IN_LAYER.search(path):
+        if not IN_LAYER.search(path):
             continue
         for leaf, weight in module.named_parameters(recurse=False):
             if weight.dim() > 1 and not isinstance(module, nn.Embedding):
                 rows.append(Matrix(f"{prefix}{path}.{leaf}", module, weight, _why_not(inside, path, module, weight)))
     return rows
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """Return the part of a model that reads text: its decoder, or all of it."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    names = (name for name, _ in found.named_parameters()) if isinstance(found, nn.Module) else ()
-    return found if any(map(_IN_LAYER.search, names)) else model
 
 
 def _why_not(inside: nn.Module, path: str, module: nn.Module, weight: Tensor) -> str:
@@ -116,8 +107,12 @@ def out_features(module: nn.Module) -> int:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear by its full name, in the model's order: nn.Linear and the Conv1D of GPT-2."""
-    return {name: module for name, module in model.named_modules() if is_linear(module)}
+    """Return every linear that text goes through by its full name, in the model's order.
+
+    Those are nn.Linear and the Conv1D of GPT-2; never one of a vision tower.
+    """
+    outside = outside_text(model)
+    return {name: m for name, m in model.named_modules() if is_linear(m) and m not in outside}
 
 
 def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -123,7 +123,7 @@ def chain_of(model: nn.Module) -> Chain | None:
         calls.append((layer, *given, out))
 
     handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
-    ids = torch.arange(PROBE, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    ids = torch.arange(PROBE, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     try:
         with frozen(model), torch.enable_grad():
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_()

@@ -50,7 +50,7 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
     console.note(f"{console.human_count(parameters)} parameters, {str(dtype).removeprefix('torch.')}")
     if budget is not None:
         # what makes a run smaller leaves its tokenizer, which takes a while to read
-        entries = description.architecture.vocab_size
+        entries = description.architecture.get_text_config().vocab_size
 
         def estimated(other: RunConfig, limit: int | None = None) -> memory.Estimate:
             return Description(other, architecture(other, entries)).estimate(limit)
