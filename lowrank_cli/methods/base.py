@@ -101,6 +101,15 @@ class Method:
         happens to them and `why`, where it helps, why nothing more does."""
         return groups
 
+    def treated(self, model: nn.Module, groups: list[dict]) -> set[str]:
+        """Return the names of the parameters that it acts on, as the plain model has them.
+
+        Args:
+            model: wrapped.
+            groups: tagged by all methods of the run.
+        """
+        return {name for group in groups if group["role"] == self.name for name, _ in group["params"]}
+
     def distribute(self, model: nn.Module, replicas: Alone) -> None:
         """Called where several processes train the model together, each on its own batches."""
 

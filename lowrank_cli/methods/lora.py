@@ -75,6 +75,11 @@ class LoRA(Method):
             tagged += [{**group, "params": rest, "why": "the head of the task"}] if rest else []
         return tagged
 
+    def treated(self, model: nn.Module, groups: list[dict]) -> set[str]:
+        from lowrank_cli.models import adapters
+
+        return {f"{name}.weight" for name in adapters.layers(model)}
+
     def merge(self, model: nn.Module) -> None:
         from lowrank_cli.models import adapters
 

@@ -21,6 +21,7 @@ class ModelConfig:
         "of the weights; auto is bfloat16 on a GPU that has it, else float32",
         choices=("auto", "float32", "bfloat16"),
     )
+    allow_partial: bool = option(False, "train also where the method reaches less than half of the layers' parameters")
     activation_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli import console
-from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.errors import LowrankError
 from lowrank_cli.ops.finite import first_non_finite
 from lowrank_cli.optim.space import collected
 from lowrank_cli.parallel.replicas import Alone, Replicas
@@ -40,12 +40,8 @@ def targets(model: nn.Module, groups: list[dict]) -> list[dict[str, Any]]:
     return rows
 
 
-def show_targets(rows: list[dict[str, Any]], method: str) -> None:
-    """Print the table of targets, one line for each shape and role.
-
-    Raises:
-        UsageError: the method touches no tensor of this model.
-    """
+def show_targets(rows: list[dict[str, Any]]) -> None:
+    """Print the table of targets, one line for each shape and role."""
     kinds: dict[tuple, dict[str, int]] = {}
     for row in rows:
         # model.layers.0.self_attn.q_proj.weight is one of the q_proj
@@ -63,8 +59,6 @@ def show_targets(rows: list[dict[str, Any]], method: str) -> None:
     console.table(
         "What is trained, and how", ["tensors", "count", "shape", "method", "rank", "note"], table, right=(1, 4)
     )
-    if not any(row["role"] in method.split("+") for row in rows):
-        raise UsageError(f"{method} finds no tensor to train in this model", "choose another --model or --method")
 
 
 class Snapshot:

@@ -16,10 +16,11 @@ from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.errors import MissingError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD, LowRankConfig, LowRankQuantizer
+from lowrank_cli.models.share import inventory
 from lowrank_cli.parallel.place import Place
 from lowrank_cli.train import audit, plan
 from lowrank_cli.train.objective import objective
-from lowrank_cli.train.setup import adapter_of, apply_methods
+from lowrank_cli.train.setup import adapter_of, apply_methods, reached
 
 # of t5-base, the tokenizer of the papers' pretraining runs
 PAPERS_VOCABULARY = 32_100
@@ -39,8 +40,10 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
     console.quiet_libraries()
     description = Description(config, architecture(config))
     model = description.model()
+    before = inventory(model)
     parts, groups = apply_methods(config, model)
-    audit.show_targets(audit.targets(model, groups), config.method)
+    audit.show_targets(audit.targets(model, groups))
+    share = reached(config, before, model, parts, groups)
     found = description.estimate()
     dtype = description.dtype
     paper = memory.weights_and_states(model, groups, dtype.itemsize)
@@ -60,7 +63,7 @@ def run(config: RunConfig, budget: int | None) -> dict[str, Any]:
             return part.total, part.kept
 
         memory.check(found.total, budget, config, lambda other: estimated(other).total, bound, found.kept)
-    return {"parameters": parameters} | memory.as_json(found, paper)
+    return {"parameters": parameters} | share.record() | memory.as_json(found, paper)
 
 
 def architecture(config: RunConfig, vocab_size: int | None = None) -> PretrainedConfig:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_cli import console, methods, plots
 from lowrank_cli.config import RunConfig, to_yaml
 from lowrank_cli.errors import Interrupted, LowrankError, UsageError
+from lowrank_cli.models.share import Share
 from lowrank_cli.optim import schedule
 from lowrank_cli.optim.exchange import Exchange, Replicated, Sharded
 from lowrank_cli.optim.gradients import Gradients
@@ -43,6 +44,7 @@ class Session:
     plan: plan.Plan
     device: torch.device
     targets: list[dict[str, Any]]
+    share: Share  # of the layers that the methods act on
     objective: Causal = field(default_factory=Causal)
     base: str = ""  # where an adapter's base model is
     replicas: Alone = field(default_factory=Alone)  # the processes that train it
@@ -198,6 +200,7 @@ def begin(session: Session, resume: Path | None) -> None:
         write_json(run.path / "targets.json", session.targets)
     run.update(
         parameters=sum(p.numel() for p in session.model.parameters()),
+        **session.share.record(),
         trainable_parameters=sum(full_numel(p) for g in session.optimizer.param_groups for p in g["params"]),
         device=str(session.device),
         dtype=str(session.model.dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ from lowrank_cli import console, data, optim
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
+from lowrank_cli.models.share import inventory
 from lowrank_cli.models.source import locate
 from lowrank_cli.parallel import sharding
 from lowrank_cli.parallel.launch import World
@@ -24,7 +25,7 @@ from lowrank_cli.train import audit, checkpoint, plan
 from lowrank_cli.train.loop import Session
 from lowrank_cli.train.metrics import check_sinks
 from lowrank_cli.train.objective import objective
-from lowrank_cli.train.setup import adapter_of, apply_methods, head_of
+from lowrank_cli.train.setup import adapter_of, apply_methods, head_of, reached
 
 RUNNING_TEXT = "text"  # the task whose data is documents, not prompts and responses
 
@@ -69,11 +70,13 @@ def prepare(config: RunConfig, world: World | None = None) -> Session:
     plan.check(config)
     supervised = config.task is not None and config.task.task != RUNNING_TEXT
     batches, model, base = (labelled if supervised else running_text)(config, device, dtype, world)
+    before = inventory(model)
     parts, groups = apply_methods(config, model)
     if config.task is not None:
         check_task(config, adapter_of(parts) is not None)
     targets = audit.targets(model, groups)
-    audit.show_targets(targets, config.method)
+    audit.show_targets(targets)
+    share = reached(config, before, model, parts, groups)
     if world:
         # the seed gives them the same weights already; other versions of a library may not
         replicas.broadcast_([p for group in groups for _, p in group["params"]])
@@ -100,6 +103,7 @@ def prepare(config: RunConfig, world: World | None = None) -> Session:
         ),
         device=place,
         targets=targets,
+        share=share,
         objective=objective(batches),
         base=base,
         replicas=replicas,

@@ -10,7 +10,8 @@ from lowrank_cli import methods, optim
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.load import Head
-from lowrank_cli.models.targets import matrices
+from lowrank_cli.models.share import Inventory, Share
+from lowrank_cli.models.targets import ALL_LINEAR, matrices
 
 
 def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Method], list[dict]]:
@@ -30,6 +31,34 @@ def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Met
     for part in parts:
         groups = part.param_groups(model, groups)
     return parts, groups if rate is None else with_other_rate(groups, inside, rate)
+
+
+def reached(
+    config: RunConfig, before: Inventory, model: nn.Module, parts: list[methods.Method], groups: list[dict]
+) -> Share:
+    """Say what share of the layers' parameters the methods act on.
+
+    Args:
+        config: the resolved configuration.
+        before: the model's layers as they were without methods.
+        model: with the methods in it.
+        parts: the methods.
+        groups: that they have tagged.
+    Raises:
+        UsageError: a method acts on nothing; or all were to be reached, and less than half of the layers is.
+    """
+    names: set[str] = set()
+    for part in parts:
+        own = part.treated(model, groups)
+        if not own:
+            raise UsageError(
+                f"{part.name} finds no tensor to act on in this model", "leave it out, or take another model"
+            )
+        names |= own
+    share = before.share(names)
+    whole = any(getattr(part.config, "target_modules", None) == ALL_LINEAR for part in parts)
+    share.say(config.method, "acts on", check=whole and not config.model.allow_partial)
+    return share
 
 
 def with_other_rate(groups: list[dict], inside: tuple[str, ...], rate: float) -> list[dict]:

@@ -116,7 +116,13 @@ def test_an_adapter_merged_into_it_leaves_the_towers(model_type, folder, lowrank
 
 
 @typed
-@pytest.mark.parametrize("text", ["", "--dataset t.jsonl --max-length 32 --eval-tokens 100"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--eval-tokens 0",
+        "--welore-calibrate t.jsonl --welore-samples 20 --dataset t.jsonl --max-length 32 --eval-tokens 100",
+    ],
+)
 def test_compression_leaves_the_towers(text, model_type, folder, lowrank):
     flags = f"--model model --out low --method welore --welore-param-budget 0.7 {text}"
     code, _, err = lowrank(f"compress {flags}")

@@ -198,6 +198,12 @@ class GradNormLoRP(Method):
         plain = [g | {"role": "gradnormlorp", "why": "not projected"} for g in plain]
         return [*projected, *plain, *(g | {"why": "the head of the task"} for g in heads)]
 
+    def treated(self, model: nn.Module, groups: list[dict]) -> set[str]:
+        from lowrank_cli.methods.gradnormlorp.linear import layers
+
+        adapted = {f"{name}.weight" for name in layers(model)}
+        return adapted if self.is_adapter else super().treated(model, groups)
+
     def merge(self, model: nn.Module) -> None:
         if self.is_adapter:
             from lowrank_cli.methods.gradnormlorp import linear as weight_norm_linear

@@ -157,6 +157,11 @@ class VBLoRA(Method):
                     tagged.append(group | own[name] | tags)
         return tagged
 
+    def treated(self, model: nn.Module, groups: list[dict]) -> set[str]:
+        from lowrank_cli.methods.vblora.layer import adapters_of
+
+        return {f"{name}.weight" for bank in adapters_of(model).values() for name in bank.slots}
+
     def before_step(self, model: nn.Module) -> None:
         """Send the update's summed gradients of all factors through the mixtures, to bank and logits."""
         from lowrank_cli.methods.vblora.layer import adapters_of

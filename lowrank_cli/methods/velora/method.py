@@ -106,6 +106,9 @@ class VeLoRA(Method):
                 module, compressors.setdefault(key, Compressor(num_groups, self.config.init, seed)), self.config.scale
             )
 
+    def treated(self, model: nn.Module, groups: list[dict]) -> set[str]:
+        return {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "factored_gradient")}
+
     def check_init(self) -> None:
         """Raises UsageError for an init that there is not."""
         init, known = self.config.init, ("batch_average_once", "batch_average", "random", "svd", "ema_0.9")
