@@ -10,8 +10,8 @@ from lowrank_cli.strict_json import dumps
 
 HELP = """Compress a model: the linears that allow it become low-rank.
 
-With no options: the newest run's model to 80 % of its linears' parameters, weighted by its training text
-where that is known."""
+With no options: the newest run's model to 80 % of its linears' parameters, errors weighted by the text that it
+was trained on, or, where that is not known, by text that the model writes."""
 
 
 def register(app, argv) -> None:

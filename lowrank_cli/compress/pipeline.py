@@ -5,6 +5,7 @@ Everything is made in memory first; the folder of the result gets the model unde
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -21,15 +22,18 @@ from lowrank_cli.compress import report, streaming
 from lowrank_cli.compress.decomposition import Store, Targets, decompose_all
 from lowrank_cli.compress.preparation import Job, stored_dtype
 from lowrank_cli.compress.progress import progress
+from lowrank_cli.compress.recovery import Recovery
 from lowrank_cli.compress.svd_dump import cached_values
-from lowrank_cli.errors import LowrankError
+from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.evaluate.scoring import not_numbers
 from lowrank_cli.measure.perplexity import perplexity
 from lowrank_cli.models.lowrank_linear import low_rank_linears, replace_linear, weight_of
 from lowrank_cli.models.lowrank_quantizer import densify, mark
 from lowrank_cli.ops.finite import first_non_finite
 from lowrank_cli.run import RunDir
+from lowrank_cli.svd import layerwise
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
+from lowrank_cli.svd.shelf import Shelf
 from lowrank_cli.svd.spectrum import decompose
 
 if TYPE_CHECKING:
@@ -57,7 +61,7 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
     stored, computed = stored_dtype(config, model.dtype), model.dtype
     # both measurements are of what is stored
     cast_(model, stored)
-    before = measure(model, job.measuring)
+    before = measure(model, job.measuring, job.other)
     cast_(model, computed)
     bytes_before = sum(p.numel() for p in model.parameters()) * stored.itemsize
     rows: list[dict[str, Any]] = []
@@ -69,7 +73,14 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
             report.check(job.part, plain, ranks)
             rows = report.rows(targets, ranks, plain, weighted)
             result |= report.about(job.part, plain, ranks)
-            factor(model, targets, ranks, store, "pifa" if plain.pifa else "factored")
+            recovery = recovery_of(job, store.shelf)
+            teacher = copy.deepcopy(model) if config.compress.recover == "lrc" else None
+            if recovery is not None:
+                recovery.remember()
+            factor(model, targets, ranks, store, "pifa" if plain.pifa and recovery is None else "factored")
+            if recovery is not None:
+                result |= recovery.recover(teacher)
+                pivot(model, plain.pifa)
         finally:
             shutil.rmtree(store.shelf.folder, ignore_errors=True)
     cast_(model, stored)
@@ -79,13 +90,14 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
         mark(model, {"details": report.details(result)})
     if broken := first_non_finite(model.named_parameters()):
         raise LowrankError(f"{broken} came out with a value that is not finite", "take --dtype float32")
-    after = measure(model, job.measuring)
+    after = measure(model, job.measuring, job.other)
     for key in before:
         result[f"{key}_before"], result[f"{key}_after"] = before[key], after[key]
     result["bytes_before"] = bytes_before
     result["bytes_after"] = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
     streaming.commit(folder.path, lambda path: save(path, model, job.tokenizer), folder.model)
     report.write(folder, rows, result, plots=config.compress.plots)
+    report.warn_of_loss(result, job.part)
     return result
 
 
@@ -135,17 +147,50 @@ def factor(model: nn.Module, targets: Targets, ranks: Ranks, store: Store, form:
             replace_linear(model, name, rank, form).assign(first, second, old.bias)
 
 
-def measure(model: nn.Module, text: list[Tensor]) -> dict[str, float]:
-    """Parameters, and on a text the perplexity and the speed of the forward pass."""
+def recovery_of(job: Job, shelf: Shelf) -> Recovery | None:
+    """Return what trains back what is lost; None if nothing does."""
+    if job.config.compress.recover == "none":
+        return None
+    if len(job.calibration) < 2:
+        raise UsageError(
+            "--recover trains on the text that errors are weighted by, and there are fewer than two batches of it",
+            f"raise {job.part.flag('samples')}, or take --recover none",
+        )
+    chain = layerwise.chain_of(job.model)
+    if chain is None:
+        raise UsageError(
+            f"--recover goes from block to block, and a {job.model.config.model_type} model is no chain of blocks",
+            "take --recover none",
+        )
+    return Recovery(chain, job.calibration, shelf, job.config.common.seed)
+
+
+def pivot(model: nn.Module, pifa: bool) -> None:
+    """Put factors that were trained into the form of fewer parameters, if it is wanted."""
+    for name, old in low_rank_linears(model).items() if pifa else ():
+        new = replace_linear(model, name, old.rank, "pifa")
+        new.assign(old.A.weight, old.B.weight, old.bias)
+        new.was_conv1d = old.was_conv1d
+
+
+def measure(model: nn.Module, text: list[Tensor], other: list[Tensor]) -> dict[str, float]:
+    """Count parameters; on a text measure the perplexity and the speed of the forward pass, on another one perplexity.
+
+    Args:
+        model: a causal language model.
+        text: windows, (B, T) each; without them only parameters are counted.
+        other: windows of a text of another kind.
+    """
     found: dict[str, float] = {
         "parameters": sum(p.numel() for p in {*model.parameters()}),
     }
     if not text:
         return found
     console.note("measuring perplexity")
-    outcome = perplexity(model, ({"input_ids": ids, "labels": ids} for ids in text))
-    if not math.isfinite(outcome.loss):
+    outcomes = [perplexity(model, ({"input_ids": ids, "labels": ids} for ids in t)) for t in (text, other) if t]
+    if not all(math.isfinite(outcome.loss) for outcome in outcomes):
         raise not_numbers()
+    outcome = outcomes[0]
     device = next(model.parameters()).device
     times, began = [], time.perf_counter()
     with torch.no_grad():
@@ -157,11 +202,15 @@ def measure(model: nn.Module, text: list[Tensor]) -> dict[str, float]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append((time.perf_counter() - start) / ids.numel())
-    return found | {
-        "perplexity": outcome.perplexity,
-        "evaluated_tokens": outcome.tokens,
-        "tokens_per_second": 1 / min(times),
-    }
+    return (
+        found
+        | {
+            "perplexity": outcome.perplexity,
+            "evaluated_tokens": outcome.tokens,
+            "tokens_per_second": 1 / min(times),
+        }
+        | ({"other_perplexity": outcomes[1].perplexity} if other else {})
+    )
 
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -15,8 +15,19 @@ from lowrank_cli import console, methods
 from lowrank_cli.compress import streaming
 from lowrank_cli.compress.decomposition import Targets, already_compressed, find_targets
 from lowrank_cli.compress.files import read_spectra
+from lowrank_cli.compress.own_text import own_windows
 from lowrank_cli.compress.svd_dump import Reader, values_of
-from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length, windows
+from lowrank_cli.compress.text import (
+    OWN,
+    Part,
+    batched,
+    counts_of,
+    parts_of,
+    text_of_run,
+    tokenizer_for,
+    window_length,
+    windows,
+)
 from lowrank_cli.config import RunConfig
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
@@ -28,6 +39,10 @@ from lowrank_cli.svd.rank_selection import Spectra
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+# tokens of the text of another kind that perplexity is measured on besides
+OTHER_TOKENS = 10_000
 
 
 @dataclass
@@ -43,6 +58,7 @@ class Job:
         calibration: windows of text, (B, T) each; empty without weighting.
         weighting: "none", "input" or "two-sided".
         measuring: windows of text that perplexity is measured on.
+        other: windows of a text of another kind, that it is measured on too.
         texts: what both texts are, for the record.
         given: singular values that were given, by name.
     """
@@ -55,6 +71,7 @@ class Job:
     calibration: list[Tensor] = field(default_factory=list)
     weighting: str = "none"
     measuring: list[Tensor] = field(default_factory=list)
+    other: list[Tensor] = field(default_factory=list)
     texts: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
 
@@ -76,7 +93,7 @@ class Outline:
         merging: the model is compressed already, and its factors are multiplied out.
         own: the text that the model was trained on, if it is a run's.
         weighting: "none", "input" or "two-sided".
-        calibrating: the text for it.
+        calibrating: the texts for it; none without weighting.
         length: tokens in a window.
     """
 
@@ -87,7 +104,7 @@ class Outline:
     merging: bool
     own: DataConfig | None
     weighting: str
-    calibrating: DataConfig | None
+    calibrating: list[Part]
     length: int
 
 
@@ -111,21 +128,20 @@ def outline(config: RunConfig) -> Outline:
     own = text_of_run(source)
     if merging:
         refuse_unused(config, part)
-        weighting, calibrating = "none", None
+        weighting, calibrating = "none", []
     else:
         weighting, calibrating = weighting_of(part, own)
-        settings = part.config
-        if weighting == "none" and settings.weighting is None and not settings.paper:
-            console.warn(
-                f"the text that {source.name} was trained on is not known: errors are not weighted, which loses much "
-                f"more; {part.flag('calibrate')} FILE weights them by a text, --dataset FILE measures on one"
+        if weighting == "none" and not part.config.paper:
+            console.note(
+                f"errors are not weighted by a text, which loses much more; without {part.flag('weighting')} none "
+                "the model writes one"
             )
     if config.compress.spectra is not None and not part.reads_own_values:
         raise UsageError(
             f"--spectra gives the weights' own singular values, and the rule {part.allocation} does not read them",
             f"drop it, or add {part.flag('allocation')} {part.name}",
         )
-    reading = calibrating is not None or config.compress.eval_tokens > 0
+    reading = bool(calibrating) or config.compress.eval_tokens > 0
     length = window_length(architecture, config.compress.max_length if reading else None, own)
     return Outline(config, part, source, architecture, merging, own, weighting, calibrating, length)
 
@@ -173,55 +189,95 @@ def compressing(config: RunConfig) -> methods.Method:
     return next(methods.get(n)(c) for n, c in config.methods.items() if "compress" in methods.get(n).commands)
 
 
-def weighting_of(part: methods.Method, own: DataConfig | None) -> tuple[str, DataConfig | None]:
-    """Return how errors are weighted, and the text to weight them by; None if they are not weighted.
+def weighting_of(part: methods.Method, own: DataConfig | None) -> tuple[str, list[Part]]:
+    """Return how errors are weighted, and the texts to weight them by: those that were given, else the one that the
+    model was trained on, else what it writes itself.
 
     Args:
         part: the method.
         own: the text that the model was trained on, if it is a run's.
     Raises:
-        UsageError: weighting was asked for, and there is no text.
+        UsageError: texts that cannot be read as such.
     """
     settings = part.config
-    text = own if settings.calibrate is None else DataConfig(dataset=settings.calibrate)
-    weighting = settings.weighting or ("none" if text is None or settings.paper else "two-sided")
+    weighting = settings.weighting or ("none" if settings.paper else "two-sided")
     if weighting == "none":
-        return weighting, None
-    if text is None:
-        raise UsageError(
-            f"{part.flag('weighting')} {weighting} needs text",
-            f"add {part.flag('calibrate')} stdlib, or a file of your own",
-        )
-    return weighting, text
+        return weighting, []
+    if settings.calibrate is not None:
+        return weighting, parts_of(settings.calibrate, part.flag("calibrate"))
+    return weighting, [Part(OWN) if own is None else Part(own.dataset, data=own, whole=False)]
 
 
 def find_texts(job: Job, about: Outline) -> None:
     """Put a job's tokenizer and its windows of text into it."""
     config, calibrating, offline = job.config, about.calibrating, job.config.common.offline
-    needed = calibrating is not None or config.compress.eval_tokens > 0
+    needed = config.compress.eval_tokens > 0 or any(part.data is not None for part in calibrating)
     job.tokenizer = tokenizer_for(about.source, job.model, offline, needed=needed)
     count = math.ceil(config.compress.eval_tokens / (about.length - 1))
-    if calibrating is not None:
-        settings = job.part.config
-        if count and settings.calibrate is not None and settings.calibrate == config.compress.dataset:
-            console.warn(f"{settings.calibrate} both calibrates and measures: the perplexity after will flatter")
-        job.calibration = windows(
-            calibrating, "train", job.tokenizer, length=about.length, count=settings.samples, offline=offline,
-            flag=job.part.flag("calibrate"), whole=settings.calibrate is not None,
-        )  # fmt: skip
-        check_enough(job, calibrating.dataset)
+    if calibrating:
+        given = job.part.config.calibrate is not None
+        if count and given and config.compress.dataset in [part.name for part in calibrating]:
+            console.warn(f"{config.compress.dataset} both calibrates and measures: the perplexity after will flatter")
+        calibrating = calibrate(job, calibrating, about.length, given)
     measuring = DataConfig(dataset=config.compress.dataset) if config.compress.dataset else about.own or DataConfig()
+    other = DataConfig()
     if count:
-        job.measuring = windows(
-            measuring, "validation", job.tokenizer, length=about.length, count=count, offline=offline,
-            flag="--dataset", whole=config.compress.dataset is not None,
+        reading = {"length": about.length, "offline": offline, "flag": "--dataset"}
+        job.measuring = batched(
+            windows(
+                measuring, "validation", job.tokenizer, count=count, whole=config.compress.dataset is not None,
+                **reading,
+            )
         )  # fmt: skip
+        if measuring.dataset != other.dataset:
+            few = math.ceil(min(config.compress.eval_tokens, OTHER_TOKENS) / (about.length - 1))
+            job.other = batched(windows(other, "validation", job.tokenizer, count=few, whole=False, **reading))
     job.texts = {
-        "calibration_text": calibrating.dataset if job.calibration else None,
+        "calibration_text": ", ".join(part.name for part in calibrating) or None,
         "calibration_windows": sum(ids.shape[0] for ids in job.calibration),
         "calibration_tokens": sum(ids.numel() for ids in job.calibration),
         "evaluation_text": measuring.dataset,
+        "other_text": other.dataset if job.other else None,
     }
+
+
+def calibrate(job: Job, parts: list[Part], length: int, given: bool) -> list[Part]:
+    """Put the windows that a compression is calibrated on into a job.
+
+    Args:
+        job: to put them into.
+        parts: the texts.
+        length: T, tokens in a window.
+        given: a user named the texts; one that is a run's own and too short gives way to what the model writes.
+    Returns:
+        The texts that were taken.
+    Raises:
+        UsageError: fewer tokens than the widest linear has inputs, of which most directions would never be seen.
+    """
+    settings, flag, rows = job.part.config, job.part.flag("calibrate"), []
+    for part, count in zip(parts, counts_of(parts, settings.samples), strict=True):
+        if part.data is None:
+            rows += own_windows(job.model, length=length, count=count, seed=job.config.common.seed, flag=flag)
+        else:
+            rows += windows(
+                part.data, "train", job.tokenizer, length=length, count=count, whole=part.whole, flag=flag,
+                offline=job.config.common.offline,
+            )  # fmt: skip
+    names, tokens = ", ".join(part.name for part in parts), length * len(rows)
+    widest = max(n for _, n in job.shapes.values())
+    few = f"{names} is too short to calibrate linears of {widest:,} inputs: {tokens:,} tokens in whole windows"
+    if tokens < widest and not given and any(part.data is not None for part in parts):
+        console.note(f"{few}; the model writes its own text instead")
+        return calibrate(job, [Part(OWN)], length, given)
+    if tokens < widest:
+        raise UsageError(
+            few,
+            f"give {flag} a longer text, raise {job.part.flag('samples')}, or take {job.part.flag('weighting')} none",
+        )
+    if len(rows) < settings.samples:
+        console.warn(f"{names} has {len(rows)} windows of the {settings.samples} asked for: {tokens:,} tokens")
+    job.calibration = batched(rows)
+    return parts
 
 
 def check_budget(part: methods.Method, shapes: dict[str, tuple[int, int]]) -> None:
@@ -232,31 +288,6 @@ def check_budget(part: methods.Method, shapes: dict[str, tuple[int, int]]) -> No
             f"{part.flag('param_budget')} {part.budget:g} is less than every linear at rank 1 takes, {least:.4f}",
             f"take at least {math.ceil(1000 * least) / 1000:g}",
         )
-
-
-def check_enough(job: Job, name: str) -> None:
-    """Say that a calibration text has fewer windows than were asked for.
-
-    With fewer tokens than the widest linear has inputs most directions are never seen: a run's own text, which nobody
-    named, is then not used.
-
-    Raises:
-        UsageError: text or weighting were asked for, and it has that few.
-    """
-    settings, found = job.part.config, sum(ids.shape[0] for ids in job.calibration)
-    tokens, widest = sum(ids.numel() for ids in job.calibration), max(n for _, n in job.shapes.values())
-    few = f"{name} is too short to calibrate linears of {widest:,} inputs: {tokens:,} tokens in whole windows"
-    if tokens < widest and (settings.calibrate is not None or settings.weighting is not None):
-        raise UsageError(
-            few,
-            f"give {job.part.flag('calibrate')} a longer text, raise {job.part.flag('samples')}, or take "
-            f"{job.part.flag('weighting')} none",
-        )
-    if tokens < widest:
-        console.warn(f"{few}; the error is not weighted")
-        job.calibration, job.weighting = [], "none"
-    elif found < settings.samples:
-        console.warn(f"{name} has {found} windows of the {settings.samples} asked for: {tokens:,} tokens")
 
 
 def loaded_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

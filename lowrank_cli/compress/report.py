@@ -15,6 +15,8 @@ from lowrank_cli.svd.rank_selection import Ranks, Spectra
 
 # share of the singular values that a rule may miss its target by before a word is said
 MISSED = 0.005
+# a perplexity of so many times the one before has a warning
+LOST = 2.0
 COLUMNS = ("name", "out", "in", "rank", "full_rank", "role", "parameters_before", "parameters_after", "error", "why")
 
 
@@ -145,6 +147,28 @@ def summary(result: dict[str, Any]) -> str:
         parts += [
             f"perplexity {result['perplexity_before']:.2f} -> {result['perplexity_after']:.2f} "
             f"({result['evaluation_text']}, {result['evaluated_tokens_after']:,} tokens)",
+            *other_kind(result),
             f"{result['tokens_per_second_before']:,.0f} -> {result['tokens_per_second_after']:,.0f} tokens/s forward",
         ]
     return "\n".join([*parts, f"model: {sizes}: {result['model']}"])
+
+
+def other_kind(result: dict[str, Any]) -> list[str]:
+    """Return the line about the text of another kind, if it was measured on one."""
+    if "other_perplexity_before" not in result:
+        return []
+    before, after = result["other_perplexity_before"], result["other_perplexity_after"]
+    return [f"perplexity {before:.2f} -> {after:.2f} ({result['other_text']}, a text of another kind)"]
+
+
+def warn_of_loss(result: dict[str, Any], part: Method) -> None:
+    """Warn of a perplexity that more than doubled, with what to try next."""
+    for key, text in (("perplexity", "evaluation_text"), ("other_perplexity", "other_text")):
+        before, after = (result.get(f"{key}_{when}") for when in ("before", "after"))
+        if before is not None and after > LOST * before:
+            console.warn(
+                f"the perplexity on {result[text]} is {after / before:.1f} times what it was: cut less "
+                f"({part.flag('param_budget')}), give {part.flag('calibrate')} text of that kind, or train what was "
+                f"left: lowrank finetune --method {part.name} --model {result['run']}"
+            )
+            return

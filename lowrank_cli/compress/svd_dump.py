@@ -24,7 +24,7 @@ from lowrank_cli import console, foreign
 from lowrank_cli.compress import files
 from lowrank_cli.compress.decomposition import find_targets
 from lowrank_cli.compress.progress import progress
-from lowrank_cli.compress.text import text_of_run, tokenizer_for, window_length, windows
+from lowrank_cli.compress.text import batched, text_of_run, tokenizer_for, window_length, windows
 from lowrank_cli.config import RunConfig
 from lowrank_cli.data.cache import cached_folder
 from lowrank_cli.errors import MissingError, UsageError
@@ -246,10 +246,11 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
     model = reader.load()
     tokenizer = tokenizer_for(source, model, offline, needed=True)
     length = window_length(model.config, config.spectra.max_length, trained)
-    return windows(
+    rows = windows(
         text, "train", tokenizer, length=length, count=config.spectra.gradients, offline=offline,
         flag="--dataset", whole=own is None,
     )  # fmt: skip
+    return batched(rows)
 
 
 def mean_gradients(model: nn.Module, text: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,58 @@ if TYPE_CHECKING:
 LENGTH = 512
 # sequences in a forward pass
 BATCH = 4
+
+
+# the text that the model writes itself
+OWN = "self"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Part is one of the texts that a compression is calibrated on.
+
+    Attributes:
+        name: as it was given: a file, a data set, or "self".
+        share: of the windows.
+        data: where it is; None for what the model writes itself.
+        whole: of a single file all is read, not the part that training would.
+    """
+
+    name: str
+    share: float = 1.0
+    data: DataConfig | None = None
+    whole: bool = True
+
+
+def parts_of(text: str, flag: str) -> list[Part]:
+    """Return the texts of a setting: one, or several with commas between, each with its share after a colon if it has
+    one: `c4.jsonl:0.7,self:0.3`.
+
+    Raises:
+        UsageError: a share that is no number above 0, or an empty name.
+    """
+    found = []
+    for one in [text] if Path(text).exists() else text.split(",") if text else [text]:
+        name, share = one.strip(), 1.0
+        if not Path(name).exists() and ":" in name:
+            name, _, given = name.rpartition(":")
+            try:
+                share = float(given)
+            except ValueError:
+                share = math.nan
+            if not 0 < share < math.inf:
+                raise UsageError(f"{flag} {text}: '{given}' is no share of a text", f"such as {flag} {name}:0.5")
+        if not name:
+            raise UsageError(f"{flag} '{text}' names no text", f"give a file, a data set, stdlib or {OWN}")
+        found.append(Part(name, share, None if name == OWN else DataConfig(dataset=name)))
+    return found
+
+
+def counts_of(parts: Sequence[Part], total: int) -> list[int]:
+    """Return how many windows of each part make a total: at least one each, by their shares."""
+    shares = sum(part.share for part in parts)
+    ends = [round(total * sum(part.share for part in parts[: i + 1]) / shares) for i in range(len(parts))]
+    return [max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -101,7 +154,7 @@ def window_length(config: PretrainedConfig, asked: int | None, own: DataConfig |
 def windows(
     text: DataConfig, part: str, tokenizer, *, length: int, count: int, offline: bool, flag: str, whole: bool
 ) -> list[Tensor]:
-    """Full windows of a text's tokens, documents or records joined as in packed training, in batches.
+    """Return full windows of a text's tokens, documents or records joined as in packed training.
 
     Args:
         text: the dataset.
@@ -113,7 +166,7 @@ def windows(
         flag: that named the text, for messages.
         whole: of a single file all is read, whatever the part; for one that was named for this and nothing else.
     Returns:
-        (B, T) int64 each, together at most `count` rows.
+        (T,) int64 each, at most `count`.
     Raises:
         UsageError: the text is shorter than one window.
         MissingError: it is not there.
@@ -127,7 +180,12 @@ def windows(
         rows = [torch.from_numpy(row).long() for _, row in zip(range(count), reader, strict=False)]
     if not rows:
         raise UsageError(f"{text.dataset} is shorter than one window of {length} tokens", f"give {flag} a longer text")
-    return [torch.stack(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+    return rows
+
+
+def batched(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return windows, (T,) each, in batches of (B, T)."""
+    return [torch.stack(tuple(rows[i : i + BATCH])) for i in range(0, len(rows), BATCH)]
 
 
 def _of_records(text: Records, part: str, tokenizer, length: int, count: int, offline: bool) -> list[Tensor]:

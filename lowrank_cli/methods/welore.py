@@ -69,7 +69,9 @@ class WeLore(Method):
             below=1,
         )
         calibrate: str | None = option(
-            None, "text that errors are weighted by, as --dataset; the run's own text if the model is a run's"
+            None,
+            "text that errors are weighted by: as --dataset; self, which the model writes; several, such as "
+            "a.jsonl:0.7,self:0.3; unless given a run's own text, else self",
         )
         samples: int = option(128, "windows of that text", min=1)
         weighting: str | None = option(
@@ -222,13 +224,19 @@ class WeLore(Method):
             for name, p in own:
                 by_rank.setdefault(owner[name].rank, []).append((name, p))
             tagged += [
-                # `rank` would tell an optimizer to project
-                group | {"params": params, "role": "welore", "why": f"low-rank component of rank {rank}"}
+                # the role stays "full": methods on gradients may take A and B; `rank` would tell one to project
+                group | {"params": params, "adapter": self.name, "why": f"low-rank component of rank {rank}"}
                 for rank, params in sorted(by_rank.items())
             ]
             if rest:
                 tagged.append(group | {"params": rest})
         return tagged
+
+    def treated(self, model: nn.Module, groups: list[dict]) -> set[str]:
+        from lowrank_cli.models.lowrank_linear import low_rank_linears
+
+        found = low_rank_linears(model)
+        return {f"{name}.{part}" for name, module in found.items() for part, _ in module.named_parameters()}
 
 
 def is_norm(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from lowrank_cli.models.targets import is_linear, out_features, table
 
 # a run that asks for every matrix and reaches less than this of the layers is not what was asked for
 ENOUGH = 0.5
-VECTORS, OTHERS = "norms and biases", "other matrices"
+VECTORS, OTHERS, FROZEN = "norms and biases", "other matrices", "frozen"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Inventory:
 
     sizes: dict[str, int]
     whys: dict[str, str]
+
+    def freezing(self, model: nn.Module) -> Inventory:
+        """Return it with what a method has frozen in a model as a kind of its own."""
+        frozen = {name: FROZEN for name, p in model.named_parameters() if not p.requires_grad}
+        return replace(self, whys=self.whys | frozen)
 
     def share(self, treated: Collection[str]) -> Share:
         """Return the share of the layers that is treated, and of what is left by its kind."""
@@ -67,11 +72,11 @@ class Share:
         Args:
             who: the method.
             does: what it does with them.
-            check: stop a run that acts on less than half.
+            check: stop a run that acts on less than half of what is not frozen.
         Raises:
             UsageError: it does.
         """
-        if check and self.treated < ENOUGH:
+        if check and self.treated < ENOUGH * (1 - self.left.get(FROZEN, 0.0)):
             raise UsageError(
                 f"{who} {does} only {self}", "--allow-partial goes on all the same; or choose another method or model"
             )

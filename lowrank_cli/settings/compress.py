@@ -22,6 +22,11 @@ class CompressConfig:
     )
     eval_tokens: int = option(50_000, "tokens of that text; 0 measures nothing", min=0, count=True)
     spectra: str | None = option(None, "singular values from an earlier svd-dump: its folder or a published .pt file")
+    recover: str = option(
+        "none",
+        "train back what was lost, against the dense model: local, block after block; lrc, then all blocks together",
+        choices=("none", "local", "lrc"),
+    )
     plots: bool = option(True, "draw the map of ranks as plots/*.png")
 
 

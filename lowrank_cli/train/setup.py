@@ -55,7 +55,8 @@ def reached(
                 f"{part.name} finds no tensor to act on in this model", "leave it out, or take another model"
             )
         names |= own
-    share = before.share(names)
+    # beside an adapter all is frozen, and what has none is left alone
+    share = (before if adapter_of(parts) is not None else before.freezing(model)).share(names)
     whole = any(getattr(part.config, "target_modules", None) == ALL_LINEAR for part in parts)
     share.say(config.method, "acts on", check=whole and not config.model.allow_partial)
     return share

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_cli import console
+from lowrank_cli.compress.own_text import own_windows
+from lowrank_cli.compress.text import OWN
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.models.load import load_weights
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
@@ -109,13 +111,19 @@ class Table:
         path = self.given.out / f"moments-{self.calibration}-{self.given.windows}.safetensors"
         if not path.is_file():
             share = self.given.windows // len(self.given.calibrate)
-            texts = [self.tokens(text) for text in self.given.calibrate]
-            windows = [w for ids in texts for w in calibration.windows_of(ids, 512, share)]
+            windows = [window for text in self.given.calibrate for window in self.windows(text, share)]
             console.note(f"calibrating on {len(windows)} windows")
             found = calibration.collect(self.model, self.linears, windows, two_sided=True)
             tensors = {f"{name}|input": m.input.clone() for name, m in found.items()}
             save_file(tensors | {f"{name}|output": m.output for name, m in found.items()}, path)
         return load_file(path)
+
+    def windows(self, text: Path, count: int) -> list[Tensor]:
+        """The windows of a calibration text, (1, 512) each."""
+        if text.name == OWN:
+            rows = own_windows(self.model, length=512, count=count, seed=0, flag="--calibrate")
+            return [row[None] for row in rows]
+        return list(calibration.windows_of(self.tokens(text), 512, count))
 
     @torch.no_grad()
     def perplexity(self) -> float:
@@ -195,7 +203,7 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help=".txt, .gz of text, or .json(.gz) lines; in equal parts",
+        help=".txt, .gz of text, .json(.gz) lines, or self, which the model writes; in equal parts",
     )
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

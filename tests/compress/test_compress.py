@@ -100,7 +100,7 @@ def test_decomposes_what_it_needs_and_nothing_again(compress, lowrank, stories, 
     monkeypatch.setattr(pipeline, "decompose", counted)
     monkeypatch.setattr(decomposition, "decompose", counted)
     # unweighted: the values are known, and only what is factored needs its bases
-    result = compress("--welore-rank 30 --no-plots --json --out plain")
+    result = compress("--welore-rank 30 --welore-weighting none --no-plots --json --out plain")
     assert 0 < len(calls) == result["low_rank_components"] < result["linears"]
     calls.clear()
     line = "--welore-rank 30 --welore-calibrate stories.txt --no-plots --json"
@@ -175,13 +175,16 @@ def test_what_keeps_more_of_the_model_in_the_same_parameters(compress):
     line = "--welore-param-budget 0.6 --no-plots --json"
     calibrated = f"{line} --welore-calibrate stories.txt"
     runs = {
-        "plain": compress(f"{line} --out plain"),
+        "plain": compress(f"{line} --welore-weighting none --out plain"),
+        "its own text": compress(f"{line} --out own"),
         "whitened": compress(f"{calibrated} --welore-weighting input --welore-allocation uniform --out whitened"),
         "weighted": compress(f"{calibrated} --out weighted"),
         "pifa": compress(f"{calibrated} --welore-pifa --out pifa"),
     }
     found = {name: run["perplexity_after"] for name, run in runs.items()}
     assert found["pifa"] < found["weighted"] < min(found["plain"], found["whitened"]), found
+    # without any text it is as good as with one
+    assert found["its own text"] < 1.1 * found["weighted"]
     assert runs["pifa"]["linear_parameter_share"] <= 0.6
     assert runs["pifa"]["rank_reduction"] < runs["weighted"]["rank_reduction"]
     assert runs["pifa"]["parameters_after"] == sum(p.numel() for p in model_of("pifa").parameters())

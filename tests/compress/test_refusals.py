@@ -142,7 +142,7 @@ def test_refuses_spectra_that_the_rule_does_not_read(compress, lowrank, stories)
         assert "the rule budget does not read them" in said
 
 
-def test_a_runs_own_short_text_is_not_used(lowrank, stories):
+def test_where_a_runs_own_text_is_short_the_model_writes_one(lowrank, stories):
     shutil.copytree(stories, "run/model")
     Path("few.txt").write_text("a tree " * 40)
     Path("run/run.json").write_text("{}")
@@ -152,8 +152,8 @@ def test_a_runs_own_short_text_is_not_used(lowrank, stories):
     assert code == 0, err
     assert "too short to calibrate" in err
     result = json.loads(out)
-    assert result["weighting"] == "none"
-    assert result["calibration_text"] is None
+    assert result["weighting"] == "two-sided"
+    assert result["calibration_text"] == "self"
 
 
 def random_llama(**sizes: int) -> LlamaForCausalLM:
@@ -225,7 +225,7 @@ def test_dry_run_reads_no_weights(compress, stories, monkeypatch):
     Path("bare").mkdir()
     shutil.copy(stories / "config.json", "bare")
     line = "--welore-rank 50 --dry-run --json --out run"
-    result = compress(line, model="bare")
+    result = compress(f"{line} --welore-weighting none", model="bare")
     assert result["linears"]["model.layers.0.self_attn.q_proj"] == [64, 64]
     assert result["weighting"] == "none"
     assert set(result["bytes"]) == {"the model"}

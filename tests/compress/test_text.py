@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowrank_cli.compress import own_text
+from lowrank_cli.compress import text as text_module
 from lowrank_cli.compress.text import text_of_run, windows
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.models.source import Source
@@ -53,7 +56,7 @@ def test_windows_are_the_records_as_they_were_trained_on(lowrank, run_of, record
     text = text_of_run(run_of(FINETUNED))
     tokenizer = named_tokenizer(str(stories), offline=True)
     parts = {
-        part: torch.cat(windows(text, part, tokenizer, length=64, count=9, offline=True, flag="", whole=False))
+        part: torch.stack(windows(text, part, tokenizer, length=64, count=9, offline=True, flag="", whole=False))
         for part in ("train", "validation")
     }
     for ids in parts.values():
@@ -88,13 +91,89 @@ def test_the_text_of_other_runs(settings, dataset, lowrank, run_of):
     assert (found and found.dataset) == dataset
 
 
-def test_no_known_text_is_said_with_what_to_type(lowrank, stories, text):
-    line = f"compress --dataset {text.name} --eval-tokens 100 --max-length 64 --no-plots"
-    code, _, err = lowrank(f"{line} --out a --model", stories)
+def test_a_model_without_a_text_writes_its_own(lowrank, stories, text, monkeypatch):
+    line = f"compress --dataset {text.name} --eval-tokens 100 --max-length 64 --welore-samples 40 --no-plots --json"
+    code, out, err = lowrank(f"{line} --out a --model", stories)
     assert code == 0, err
-    assert f"warning: the text that {stories} was trained on is not known" in err
-    assert "--welore-calibrate FILE" in err
-    for flag in ("--welore-weighting none", f"--welore-calibrate {text.name} --welore-samples 2"):
-        code, _, err = lowrank(f"{line} {flag} --dry-run --model", stories)
+    first = json.loads(out)
+    assert (first["weighting"], first["calibration_text"], first["calibration_windows"]) == ("two-sided", "self", 40)
+    # written once, and the same when it is written again
+    with monkeypatch.context() as patched:
+        patched.setattr(own_text, "write", lambda *_: pytest.fail("written once more"))
+        again = lowrank(f"{line} --out b --model", stories)
+    monkeypatch.setenv("LOWRANK_CACHE", "empty")
+    for code, out, err in (again, lowrank(f"{line} --out c --model", stories)):
         assert code == 0, err
-        assert "not known" not in err
+        assert json.loads(out)["perplexity_after"] == first["perplexity_after"]
+
+
+def test_what_a_model_writes_is_of_its_own_distribution():
+    # a model whose next token depends on the last one: the written pairs have the model's own frequencies
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=4, bos_token_id=1,
+        eos_token_id=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    # what a generation_config asks for is not for this
+    model.generation_config.temperature, model.generation_config.top_k = 0.1, 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(50)
+        model.lm_head.weight.mul_(10)
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    ids = own_text.write(model, length=60, count=70, seed=3).long()
+    assert ids.shape == (70, 60)
+    assert (ids[:, 0] == 1).all()
+    with torch.no_grad():
+        expected = model(ids).logits[:, :-1].softmax(-1)
+    counts = torch.zeros(4, 4)
+    wanted = torch.zeros(4, 4)
+    for token in range(4):
+        there = ids[:, :-1] == token
+        counts[token] = torch.nn.functional.one_hot(ids[:, 1:][there], 4).sum(0)
+        wanted[token] = expected[there].sum(0)
+    # five standard deviations of a count of independent draws
+    assert ((counts - wanted).abs() <= 5 * wanted.sqrt() + 1).all()
+    # the order of the rows of a batch is no pattern: no two texts are the same
+    assert len({tuple(row) for row in ids.tolist()}) == 70
+    assert model.generation_config.top_k == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "shares"),
+    [("a.txt", [1]), ("a.txt,self", [0.5, 0.5]), ("a.txt:0.75,self:0.25", [0.75, 0.25]), ("x:1,y:3", [0.25, 0.75])],
+)
+def test_several_texts_have_their_shares_of_the_windows(given, shares):
+    parts = text_module.parts_of(given, "--calibrate")
+    counts = text_module.counts_of(parts, 100)
+    assert counts == [100 * share for share in shares]
+    assert [part.data is None for part in parts] == [part.name == "self" for part in parts]
+
+
+@pytest.mark.parametrize("given", ["a.txt:much", "a.txt:0", "a.txt:-1", "a.txt,,b.txt", ""])
+def test_texts_that_cannot_be_read_as_such(given, lowrank, stories):
+    code, _, err = lowrank("compress --out a --welore-calibrate", given, "--model", stories)
+    assert code == 2
+    assert "--welore-calibrate" in err
+
+
+def test_a_mix_is_calibrated_on_and_named(lowrank, stories, text):
+    line = f"--welore-calibrate {text.name}:0.8,self:0.2 --welore-samples 10 --max-length 64 --no-plots --json"
+    code, out, err = lowrank(f"compress {line} --dataset {text.name} --eval-tokens 100 --out a --model", stories)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["calibration_text"] == f"{text.name}, self"
+    assert result["calibration_windows"] == 10
+    # what it cost on another kind of text is said as well
+    assert result["other_text"] == "stdlib"
+    assert result["other_perplexity_after"] != result["other_perplexity_before"]
+
+
+def test_a_perplexity_that_more_than_doubles_is_a_warning(lowrank, stories, text):
+    line = f"compress --dataset {text.name} --eval-tokens 200 --max-length 64 --no-plots --welore-weighting none"
+    code, _, err = lowrank(f"{line} --welore-param-budget 0.2 --out a --model", stories)
+    assert code == 0, err
+    assert "times what it was: cut less (--welore-param-budget)" in err
+    assert "lowrank finetune --method welore --model a" in err
+    code, _, err = lowrank(f"{line} --welore-param-budget 0.95 --out b --model", stories)
+    assert "times what it was" not in err

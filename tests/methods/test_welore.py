@@ -114,6 +114,8 @@ def test_combines_with(line, finetune, compressed):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.endswith((".A.weight", ".B.weight")) for name in moved)
+    roles = {row["role"] for row in json.loads(Path("run/targets.json").read_text())}
+    assert line.split()[1].partition("+")[2] in roles
 
 
 def test_describes_what_it_aims_at():
