@@ -44,7 +44,6 @@ def test_says_how_far_from_the_target_a_rule_stays(compress):
         ("--welore-rank 100", 2, "--welore-rank is 100"),
         ("--welore-param-budget 1.2", 2, "--welore-param-budget is 1.2"),
         ("--welore-rank 50 --welore-param-budget 0.5", 2, "both say how much"),
-        ("--welore-weighting input", 2, "needs text"),
         ("--welore-rank 50 --spectra nowhere", 4, "no singular values at"),
     ],
 )
