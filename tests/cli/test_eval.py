@@ -313,7 +313,9 @@ def test_adapter_is_evaluated_as_the_merged_model_is(kind, lowrank, stories, tes
 
 
 def test_compressed_model_is_evaluated(lowrank, stories, test_data):
-    code, _, err = lowrank("compress --welore-rank 50 --eval-tokens 0 --out small", "--model", stories)
+    code, _, err = lowrank(
+        "compress --welore-rank 50 --eval-tokens 0 --welore-weighting none --out small", "--model", stories
+    )
     assert code == 0, err
     line, text = "eval ppl,coin_flip --limit 4 --window 128 --json", ["--dataset", stories / "sample.txt"]
     code, out, err = lowrank(f"{line} --model small", *text, "--data-dir", test_data)

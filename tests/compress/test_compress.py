@@ -209,7 +209,10 @@ def test_input_weighting_loses_the_least_of_what_the_linears_give_out(compress, 
 
 @pytest.mark.parametrize("allocation", ["welore", "budget", "uniform", "energy"])
 def test_every_rule_comes_as_near_to_its_parameters_as_single_directions_allow(allocation, compress):
-    line = f"--welore-param-budget 0.7 --welore-allocation {allocation} --eval-tokens 0 --out run --json --no-plots"
+    line = (
+        f"--welore-param-budget 0.7 --welore-allocation {allocation} "
+        f"--eval-tokens 0 --welore-weighting none --out run --json --no-plots"
+    )
     result = compress(line)
     rows = ranks_of("run")
     dense = sum(row["parameters_before"] for row in rows)
@@ -240,7 +243,10 @@ def test_every_rule_comes_as_near_to_its_parameters_as_single_directions_allow(a
     [("welore", 1), ("budget", 1), ("uniform", 35 / 2), ("energy", 64 - 31)],
 )
 def test_every_rule_comes_as_near_to_its_ranks_as_single_directions_allow(allocation, slack, compress):
-    result = compress(f"--welore-rank 60 --welore-allocation {allocation} --eval-tokens 0 --out run --json --no-plots")
+    result = compress(
+        f"--welore-rank 60 --welore-allocation {allocation} --eval-tokens 0 --welore-weighting none "
+        "--out run --json --no-plots"
+    )
     assert result["parameters_after"] < result["parameters_before"]
     assert abs(result["rank_reduction"] - 0.6) * sum(row["full_rank"] for row in ranks_of("run")) <= slack
 
@@ -263,7 +269,10 @@ def test_counts_the_values_below_the_threshold_of_dense_weights_too_if_asked(
     rank, min_ratio, compress, lowrank, stories
 ):
     """Against the rule itself: the least threshold that this share of all normalised values is below."""
-    line = f"--welore-rank {rank} --welore-min-ratio {min_ratio} --eval-tokens 0 --no-plots --json"
+    line = (
+        f"--welore-rank {rank} --welore-min-ratio {min_ratio} "
+        "--eval-tokens 0 --welore-weighting none --no-plots --json"
+    )
     compress(f"{line} --out lost")
     result = compress(f"{line} --welore-counting all --out below")
     assert lowrank("svd-dump --out dump --no-plots --model", stories)[0] == 0
@@ -285,7 +294,7 @@ def test_counts_the_values_below_the_threshold_of_dense_weights_too_if_asked(
 
 def test_takes_the_spectra_of_a_dump_and_those_of_the_published_layout(compress, lowrank, stories):
     assert lowrank("svd-dump --published --out dump --no-plots --model", stories)[0] == 0
-    line = "--welore-rank 40 --eval-tokens 0 --no-plots --json"
+    line = "--welore-rank 40 --eval-tokens 0 --welore-weighting none --no-plots --json"
     compress(f"{line} --out own")
     for out, given in {"dumped": "dump", "published": "dump/singular_values.pt"}.items():
         compress(f"{line} --spectra {given} --out {out}")
@@ -330,7 +339,7 @@ def test_takes_only_the_weights_of_a_folder_that_holds_others(compress, stories)
     """A checkpoint has its optimizer's tensors beside the weights."""
     shutil.copytree(stories, "folder")
     save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(3, 3)}, "folder/optimizer.safetensors")
-    line = "--welore-param-budget 0.7 --eval-tokens 0 --no-plots"
+    line = "--welore-param-budget 0.7 --eval-tokens 0 --welore-weighting none --no-plots"
     compress(f"{line} --out with", model="folder")
     compress(f"{line} --out without")
     a, b = (
@@ -365,7 +374,7 @@ def test_keeps_its_promises_on_smollm2(lowrank, monkeypatch):
 
     monkeypatch.setattr(pipeline, "save", saving)
     monkeypatch.setattr(preparation, "find_targets", beginning)
-    line = "compress --dtype float32 --eval-tokens 0 --no-plots --json"
+    line = "compress --dtype float32 --eval-tokens 0 --welore-weighting none --no-plots --json"
     code, out, err = lowrank(f"{line} --welore-rank 50 --out half --model", file)
     assert code == 0, err
     result, loaded = json.loads(out), model_of("half")

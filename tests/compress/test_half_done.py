@@ -30,7 +30,7 @@ from lowrank_cli.main import main
 main(sys.argv[3:])
 """
 LINES = {
-    "compress": "compress --welore-rank 50 --eval-tokens 0 --no-plots --out run",
+    "compress": "compress --welore-rank 50 --eval-tokens 0 --welore-weighting none --no-plots --out run",
     "svd-dump": "svd-dump --no-plots --out run",
 }
 # the first two of each are fast enough for every day

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 
 def test_merging_refuses_settings_that_it_would_not_heed(compress):
-    compress("--welore-rank 30 --eval-tokens 0 --no-plots --out factored")
+    compress("--welore-rank 30 --eval-tokens 0 --welore-weighting none --no-plots --out factored")
     said = compress("--format dense --welore-rank 50 --welore-pifa --out merged", code=2, model="factored")
     assert "--welore-rank and --welore-pifa would have no effect" in said
     assert not Path("merged").exists()
@@ -27,13 +27,15 @@ def test_merging_refuses_settings_that_it_would_not_heed(compress):
     ],
 )
 def test_refuses_a_target_that_cannot_be_reached(line, message, compress):
-    for out, more in {"memory": "", "files": "--eval-tokens 0"}.items():
+    for out, more in {"memory": "", "files": "--eval-tokens 0 --welore-weighting none"}.items():
         assert message in compress(f"{line} {more} --no-plots --out {out}", code=2)
         assert not list(Path().rglob("*.safetensors"))
 
 
 def test_says_how_far_from_the_target_a_rule_stays(compress):
-    said = compress("--welore-rank 40 --welore-allocation uniform --eval-tokens 0 --no-plots --out run")
+    said = compress(
+        "--welore-rank 40 --welore-allocation uniform --eval-tokens 0 --welore-weighting none --no-plots --out run"
+    )
     assert "instead of 40 % of the singular values cut" in said
 
 
@@ -246,7 +248,7 @@ def test_dry_run_reads_no_weights(compress, stories, monkeypatch):
 def test_dry_run_says_what_is_skipped_and_what_is_merged(compress):
     model = random_llama(num_hidden_layers=2, vocab_size=70, num_key_value_heads=1, head_dim=1)
     model.save_pretrained("narrow")
-    line = "--welore-param-budget 0.8 --eval-tokens 0 --no-plots --out small"
+    line = "--welore-param-budget 0.8 --eval-tokens 0 --welore-weighting none --no-plots --out small"
     said = compress(f"{line} --dry-run", model="narrow")
     planned = compress(f"{line} --dry-run --json", model="narrow")
     # k and v of both layers are one row

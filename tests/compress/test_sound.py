@@ -72,7 +72,9 @@ def test_a_stale_index_beside_the_weights_is_not_read(lowrank, copy):
     assert code == 0, err
     for name, values in load_file("dump/singular_values.safetensors").items():
         assert float(values[0]) == pytest.approx(expected[f"{name}.weight"], rel=1e-4)
-    code, _, err = lowrank("compress --welore-rank 50 --eval-tokens 0 --no-plots --model copy --out small")
+    code, _, err = lowrank(
+        "compress --welore-rank 50 --eval-tokens 0 --welore-weighting none --no-plots --model copy --out small"
+    )
     assert code == 0, err
     written = {k: v for f in Path("small/model").glob("*.safetensors") for k, v in load_file(f).items()}
     assert torch.equal(written["model.norm.weight"], load_file(copy / "model.safetensors")["model.norm.weight"])
@@ -144,7 +146,9 @@ def test_fp8_is_dequantized(lowrank):
     for name, spectrum in found.items():
         expected = torch.linalg.svdvals(values[f"{name}.weight"].double())
         torch.testing.assert_close(spectrum.double(), expected, rtol=1e-2, atol=1e-2 * float(expected[0]))
-    code, _, err = lowrank("compress --welore-rank 20 --eval-tokens 0 --no-plots --model model --out small")
+    code, _, err = lowrank(
+        "compress --welore-rank 20 --eval-tokens 0 --welore-weighting none --no-plots --model model --out small"
+    )
     assert code == 0, err
     assert AutoModelForCausalLM.from_pretrained("small/model").dtype == torch.float32
 

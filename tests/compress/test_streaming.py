@@ -32,7 +32,7 @@ def test_gives_the_model_that_memory_gives(form, compress, monkeypatch):
     from lowrank_cli.compress import streaming
     from lowrank_cli.models import load
 
-    line = f"--welore-param-budget 0.7 --welore-allocation uniform --no-plots {form}"
+    line = f"--welore-param-budget 0.7 --welore-allocation uniform --welore-weighting none --no-plots {form}"
     compress(f"{line} --eval-tokens 300 --out memory")
     monkeypatch.setattr(load, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(streaming, "FILE_BYTES", 100_000)
@@ -59,7 +59,10 @@ def test_keeps_biases_dtype_and_conv1d(compress):
     model.to(torch.bfloat16).save_pretrained("gpt2")
     compress("--welore-rank 5 --welore-allocation uniform --welore-paper --out run", code=2, model="gpt2")
     # all directions kept but the last ones: nearly the same function
-    compress("--welore-rank 5 --welore-allocation uniform --welore-pifa --eval-tokens 0 --out run", model="gpt2")
+    compress(
+        "--welore-rank 5 --welore-allocation uniform --welore-pifa --eval-tokens 0 --welore-weighting none --out run",
+        model="gpt2",
+    )
     loaded = model_of("run")
     assert len(low_rank_linears(loaded)) == 8
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
@@ -72,7 +75,10 @@ def test_finds_weights_saved_with_and_without_the_head(prefixed, compress):
     """GPT-2's own files name `h.0.attn`, those of the language model `transformer.h.0.attn`."""
     model = random_gpt2()
     (model if prefixed else model.transformer).save_pretrained("gpt2")
-    compress("--welore-param-budget 0.8 --welore-allocation uniform --eval-tokens 0 --out run", model="gpt2")
+    compress(
+        "--welore-param-budget 0.8 --welore-allocation uniform --eval-tokens 0 --welore-weighting none --out run",
+        model="gpt2",
+    )
     loaded = model_of("run")
     assert len(low_rank_linears(loaded)) == 8
     whole, cut = logits(model), logits(loaded)
@@ -94,7 +100,10 @@ def test_needs_less_than_two_layers_of_memory(tmp_path):
         "import sys; from lowrank_cli.main import main; from lowrank_cli.run import peak_resident_bytes; "
         "code = main(sys.argv[1:]); print(peak_resident_bytes()); sys.exit(code)"
     )
-    line = "compress --welore-rank 50 --welore-allocation uniform --eval-tokens 0 --no-plots --json"
+    line = (
+        "compress --welore-rank 50 --welore-allocation uniform "
+        "--eval-tokens 0 --welore-weighting none --no-plots --json"
+    )
     peaks = {}
     for model in (small, large):
         argv = [*line.split(), "--model", model, "--out", tmp_path / f"{model.name}-out"]

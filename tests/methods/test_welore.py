@@ -16,7 +16,9 @@ from lowrank_cli.models.lowrank_linear import low_rank_linears
 
 @pytest.fixture
 def compressed(lowrank, stories) -> Path:
-    code, _, err = lowrank("compress --welore-rank 50 --eval-tokens 0 --no-plots --out small --model", stories)
+    code, _, err = lowrank(
+        "compress --welore-rank 50 --eval-tokens 0 --welore-weighting none --no-plots --out small --model", stories
+    )
     assert code == 0, err
     return Path("small/model")
 

@@ -119,7 +119,7 @@ def test_an_adapter_merged_into_it_leaves_the_towers(model_type, folder, lowrank
 @pytest.mark.parametrize(
     "text",
     [
-        "--eval-tokens 0",
+        "--eval-tokens 0 --welore-weighting none",
         "--welore-calibrate t.jsonl --welore-samples 20 --dataset t.jsonl --max-length 32 --eval-tokens 100",
     ],
 )
