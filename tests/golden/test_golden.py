@@ -21,9 +21,7 @@ def models(tmp_path_factory, news, tiny_config) -> dict[bool, Path]:
 
     folder = tmp_path_factory.mktemp("models")
     pretrain = f"pretrain {LINE} --vocab-size 512 -q --out {folder}/base --dataset {news} --model-config {tiny_config}"
-    compress = (
-        f"compress --eval-tokens 0 --welore-weighting none --no-plots -q --model {folder}/base --out {folder}/small"
-    )
+    compress = f"compress --eval-tokens 0 --max-length 64 --no-plots -q --model {folder}/base --out {folder}/small"
     assert main(pretrain.split()) == 0
     assert main(compress.split()) == 0
     return {False: folder / "base" / "model", True: folder / "small" / "model"}
