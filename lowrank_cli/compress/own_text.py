@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BATCH = 32
 FILE = "windows.safetensors"
 # what the cached windows depend on besides the weights; a new number makes them anew
-VERSION = 1
+VERSION = 2
 
 
 def own_windows(model: PreTrainedModel, *, length: int, count: int, seed: int, flag: str) -> list[Tensor]:
@@ -39,7 +39,7 @@ def own_windows(model: PreTrainedModel, *, length: int, count: int, seed: int, f
 
     Args:
         model: a causal language model.
-        length: T, tokens in a window, the first of which begins a text.
+        length: T, tokens in a window.
         count: of windows.
         seed: of the draws.
         flag: that takes another text, for messages.
@@ -58,7 +58,7 @@ def own_windows(model: PreTrainedModel, *, length: int, count: int, seed: int, f
         key.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
 
     def make(folder: Path) -> None:
-        (folder / FILE).write_bytes(save({"windows": write(model, length, count, seed)}))
+        (folder / FILE).write_bytes(save({"windows": cut(write(model, length, count, seed))}))
 
     folder = cached_folder("own-text", key.hexdigest()[:32], make)
     return list(foreign.read_tensors(folder / FILE)["windows"].long())
@@ -93,6 +93,17 @@ def write(model: PreTrainedModel, length: int, count: int, seed: int) -> Tensor:
             )  # fmt: skip
             written.append(ids.cpu().int())
     return torch.cat(written)
+
+
+def cut(texts: Tensor) -> Tensor:
+    """Cut texts, (N, T), that follow each other into as many windows that begin anywhere in a text.
+
+    So do those of packed training, and those that a model is measured on. Windows that all began with the first token
+    of a text would leave the model at a loss where another one comes first, which attention makes a special one.
+    """
+    count, length = texts.shape
+    starts = torch.arange(count) * (length + max(1, length // count))
+    return texts.flatten()[(starts[:, None] + torch.arange(length)) % texts.numel()]
 
 
 def _first_token(model: nn.Module) -> int | None:
