@@ -59,8 +59,8 @@ class Job:
     given: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """(out, in) of every linear, (E, m, n) of experts."""
         return self.targets.shapes
 
 
@@ -224,7 +224,7 @@ def find_texts(job: Job, about: Outline) -> None:
     }
 
 
-def check_budget(part: methods.Method, shapes: dict[str, tuple[int, int]]) -> None:
+def check_budget(part: methods.Method, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises UsageError for a budget of parameters that rank 1 everywhere exceeds."""
     least = Spectra({}, shapes, pifa=part.config.pifa).least_share()
     if part.config.rank is None and part.budget < least:
@@ -244,7 +244,9 @@ def check_enough(job: Job, name: str) -> None:
         UsageError: text or weighting were asked for, and it has that few.
     """
     settings, found = job.part.config, sum(ids.shape[0] for ids in job.calibration)
-    tokens, widest = sum(ids.numel() for ids in job.calibration), max(n for _, n in job.shapes.values())
+    tokens = sum(ids.numel() for ids in job.calibration)
+    # which side of experts is the input shows when they run
+    widest = max(shape[1] if len(shape) == 2 else min(shape[1:]) for shape in job.shapes.values())
     few = f"{name} is too short to calibrate linears of {widest:,} inputs: {tokens:,} tokens in whole windows"
     if tokens < widest and (settings.calibrate is not None or settings.weighting is not None):
         raise UsageError(
@@ -285,7 +287,7 @@ def refuse_unused(config: RunConfig, part: methods.Method) -> None:
         )
 
 
-def given_spectra(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+def given_spectra(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Singular values of --spectra, for these linears; none without it."""
     if config.compress.spectra is None or not shapes:
         return {}
