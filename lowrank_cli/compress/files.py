@@ -20,7 +20,19 @@ from lowrank_cli.svd.spectrum import effective_rank
 VALUES = "singular_values.safetensors"
 PUBLISHED = "singular_values.pt"
 GIVE = "give the folder of an svd-dump, or a .pt file of tensors {layer: {name: values}}"
-COLUMNS = ("name", "expert", "layer", "kind", "out", "in", "rank", "largest", "smallest", "effective_rank", "rank_of_90_percent")
+COLUMNS = (
+    "name",
+    "expert",
+    "layer",
+    "kind",
+    "out",
+    "in",
+    "rank",
+    "largest",
+    "smallest",
+    "effective_rank",
+    "rank_of_90_percent",
+)
 
 
 def write_spectra(
@@ -48,8 +60,8 @@ def line(name: str, expert: int | str | None, values: Tensor, shape: tuple[int, 
     squares = values.double().square()
     share = squares.cumsum(0) / squares.sum().clamp(min=1e-300)
     return {
-        "name": name, "expert": expert, "layer": layer, "kind": kind, "out": shape[0], "in": shape[1], "rank": values.numel(),
-        "largest": float(values[0]), "smallest": float(values[-1]),
+        "name": name, "expert": expert, "layer": layer, "kind": kind, "out": shape[0], "in": shape[1],
+        "rank": values.numel(), "largest": float(values[0]), "smallest": float(values[-1]),
         "effective_rank": round(effective_rank(values), 2), "rank_of_90_percent": int((share < 0.9).sum()) + 1,
     }  # fmt: skip
 

@@ -15,14 +15,17 @@ from lowrank_cli.svd.rank_selection import Ranks, Spectra
 
 # share of the singular values that a rule may miss its target by before a word is said
 MISSED = 0.005
-COLUMNS = ("name", "experts", "out", "in", "rank", "full_rank", "role", "parameters_before", "parameters_after", "error",
-           "why")  # fmt: skip
+COLUMNS = (
+    "name", "experts", "out", "in", "rank", "full_rank", "role", "parameters_before", "parameters_after", "error",
+    "why",
+)  # fmt: skip
 
 
 def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> list[dict[str, Any]]:
     """Return a row for each linear, and each parameter of experts: rank, role (LRC, N-LRC or skipped), parameters.
 
-    `out` and `in` of experts are the sides of one matrix as the architecture stores it. `error` is the relative error of the (weighted) weight in the Frobenius norm.
+    `out` and `in` of experts are the sides of one matrix as the architecture stores it. `error` is the relative error
+    of the (weighted) weight in the Frobenius norm.
     """
     table = []
     for name, rank in ranks.items():
@@ -31,10 +34,11 @@ def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> l
         lost = 0.0 if rank is None else float((squares[rank:].sum() / squares.sum().clamp(min=1e-300)).sqrt())
         table.append(
             {
-                "name": name, "experts": experts[0] if experts else None, "out": m, "in": n, "rank": rank if rank is not None else min(m, n),
+                "name": name, "experts": experts[0] if experts else None, "out": m, "in": n,
+                "rank": rank if rank is not None else min(m, n),
                 "full_rank": min(m, n), "role": "N-LRC" if rank is None else "LRC",
-                "parameters_before": plain.parameters(name, None), "parameters_after": plain.parameters(name, rank), "error": lost,
-                "why": "",
+                "parameters_before": plain.parameters(name, None), "parameters_after": plain.parameters(name, rank),
+                "error": lost, "why": "",
             }
         )  # fmt: skip
     return table + [{"name": name, "role": "skipped", "why": why} for name, why in targets.skipped.items()]

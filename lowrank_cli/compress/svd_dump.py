@@ -310,9 +310,7 @@ def write(
     """The files and pictures of one set of values."""
     files.write_spectra(folder.path, values, shapes, stem)
     # of experts the mean of theirs
-    shares = {
-        name: sum(map(effective_rank, v.reshape(-1, v.shape[-1]))) / v.numel() for name, v in values.items()
-    }
+    shares = {name: sum(map(effective_rank, v.reshape(-1, v.shape[-1]))) / v.numel() for name, v in values.items()}
     if plots:
         from lowrank_cli.compress import pictures
 

@@ -48,7 +48,10 @@ class WeLore(Method):
             None, "percent of all singular values to cut: the paper's effective rank reduction", above=0, below=100
         )
         param_budget: float | None = option(
-            None, "share of the layers' matrices to keep, experts included, instead of a rank; 0.8 without either", above=0, max=1
+            None,
+            "share of the layers' matrices to keep, experts included, instead of a rank; 0.8 without either",
+            above=0,
+            max=1,
         )
         allocation: str | None = option(
             None,

@@ -78,11 +78,11 @@ class StandIn:
         return self.whole().permute(*dims)
 
     @property
-    def mT(self) -> StandIn:  # noqa: N802 torch's name
+    def mT(self) -> StandIn:
         return self.flipped()
 
     @property
-    def T(self):  # noqa: N802 torch's name
+    def T(self):
         return self.flipped() if self.ndim == 2 else self.whole().T
 
     def t(self) -> StandIn:
@@ -102,6 +102,15 @@ class StandIn:
             return args[places[0]].product(func, places[0], args, kwargs)
         args, kwargs = tree_map(lambda x: x.whole() if isinstance(x, StandIn) else x, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _of_whole(name: str):
+    return lambda self, *others: getattr(self.whole(), name)(*others)
+
+
+# arithmetic with what stands left of it, which torch does not see first
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg"):
+    setattr(StandIn, f"__{_name}__", _of_whole(f"__{_name}__"))
 
 
 class Factors(StandIn):

@@ -178,7 +178,9 @@ def welore(
 def num_cut(spectra: Spectra, ranks: Ranks) -> int:
     """Singular values that the factored weights have lost."""
     return sum(
-        spectra.count(name) * (v.numel() - ranks[name]) for name, v in spectra.values.items() if ranks[name] is not None
+        spectra.count(name) * (v.numel() - ranks[name])
+        for name, v in spectra.values.items()
+        if ranks[name] is not None
     )
 
 

@@ -137,9 +137,11 @@ class _Watched(StandIn):
             experts = self.experts.unflatten(0, (-1, 1)) if self.weight.dim() == 3 else self.experts
             experts = experts.expand((args[1].mT if place == 0 else args[0]).shape[:-1]).flatten()
 
+        count = len(experts)
+
         def rows_of(tensor: Tensor) -> Tensor:
             # those after the last group are of no expert
-            return (tensor.mT if place == 0 else tensor).flatten(0, -2)[: len(experts)]
+            return (tensor.mT if place == 0 else tensor).flatten(0, -2)[:count]
 
         x = rows_of(args[1 - place].detach())
         # some architectures give every expert all tokens, those of others as zeros
