@@ -84,7 +84,7 @@ class Reader:
         return name if name in self.stacks else f"{name}.weight"
 
     def are_as_stored(self, skeleton: nn.Module) -> bool:
-        """Whether Transformers reads experts from the files as they are: it may merge, split or turn them around."""
+        """Return whether Transformers reads experts from the files as they are: it may merge, split or turn them."""
         if not self.stacks:
             return True
         conversions = get_model_conversion_mapping(skeleton)

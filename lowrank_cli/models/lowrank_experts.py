@@ -47,7 +47,7 @@ class StandIn:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the tensor, as are the others."""
+        """The tensor's, as is what follows."""
         raise NotImplementedError
 
     @property
@@ -190,7 +190,7 @@ class LowRankStack(nn.Module, StandIn):
 
     @property
     def factors(self) -> Factors:
-        """What an expert's forward multiplies by."""
+        """The object that an expert's forward multiplies by."""
         return Factors(self.A, self.B)
 
     @property

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lowrank_cli.compress.decomposition import Store, decompose_all, find_targets
 from lowrank_cli.models.lowrank_experts import LowRankStack
 from lowrank_cli.models.lowrank_linear import low_rank_linears
+from lowrank_cli.svd import calibration
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "vocab_size": 512}
@@ -143,6 +145,34 @@ def test_layer_by_layer_and_expert_by_expert_give_the_model_of_a_whole_pass(mixt
     assert parts["perplexity_after"] == pytest.approx(whole["perplexity_after"], rel=1e-4)
 
 
+@pytest.mark.numerical
+@pytest.mark.parametrize("weighting", ["two-sided", "input"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_squared_values_of_an_expert_are_its_part_of_the_loss(model_type, weighting, tmp_path):
+    """Those of L^T W K by torch, for moments that tests/svd/test_routed.py looks at; N_e of N tokens count N_e / N."""
+    torch.manual_seed(0)
+    model = tiny_models.tiny(model_type).float().eval()
+    linears = {name: m for name, m in find_targets(model).linears.items() if "experts" in name}
+    windows, damping = [torch.randint(0, tiny_models.V, (2, 20))], 0.05
+    two_sided = weighting == "two-sided"
+    moments = calibration.collect(model, linears, windows, two_sided=two_sided)
+    store = Store(tmp_path)
+    decompose_all(model, linears, store, windows=windows, two_sided=two_sided, damping=damping, largest=lambda name: 4)
+    for name, row in linears.items():
+        for e, weight in enumerate(row.weight.detach().double()):
+            own = moments[f"{name}.{e}"]
+            # (out, in): GPT-OSS stores (in, out)
+            weight = weight.mT if model_type == "gpt_oss" else weight
+            for moment, side in ((own.input, "in"), (own.output, "out")):
+                if moment is not None:
+                    damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+                    root = torch.linalg.cholesky(damped)
+                    weight = weight @ root if side == "in" else root.mT @ weight
+            expected = torch.linalg.svdvals(weight) * math.sqrt(own.share)
+            found = store.values_of(name, row)[e]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected[0]))
+
+
 def test_pifa_is_of_linears_and_the_budget_is_exact(mixture, compress):
     result = compress(
         "--welore-param-budget 0.5 --welore-pifa --eval-tokens 0 --no-plots --json --out run", model=mixture
@@ -222,10 +252,13 @@ def test_gradients_of_experts_are_those_of_the_mean_loss(mixture, lowrank, text)
 @pytest.mark.parametrize("line", ["--method welore", "--method welore+galore --galore-rank 2"])
 def test_low_rank_experts_train_and_nothing_else_does(line, mixture, compress, lowrank, news):
     compress("--welore-param-budget 0.5 --eval-tokens 0 --no-plots --out small", model=mixture)
-    code, _, err = lowrank(
-        f"finetune --task text --max-length 64 --batch-size 4 --eval-tokens 500 --lr 0.01 --no-plots --max-steps 3 "
-        f"--out run {line} --model small --dataset {news}"
-    )
+    always = f"finetune --task text --max-length 64 --batch-size 4 --eval-tokens 500 --model small --dataset {news}"
+    code, out, err = lowrank(f"{always} {line} --dry-run --json")
+    assert code == 0, err
+    parameters = sum(t.numel() for t in tensors("small/model").values())
+    # and a few rotary frequencies
+    assert json.loads(out)["weights_bytes"] == pytest.approx(4 * parameters, rel=1e-3)
+    code, _, err = lowrank(f"{always} {line} --lr 0.01 --no-plots --max-steps 3 --out run")
     assert code == 0, err
     before, after = tensors("small/model"), tensors("run/model")
     assert set(before) == set(after)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lowrank_cli.models.lowrank_experts import LowRankStack, replace_stack
 from lowrank_cli.models.lowrank_linear import low_rank_linears
@@ -204,3 +204,26 @@ def test_a_routers_row_stays_a_routers():
     }
     densify(model)
     assert {row.name for row in table(model)} == {row.name for row in table(tiny_models.tiny("mixtral"))}
+
+
+def test_files_that_are_turned_around_on_loading_are_not_once_they_are_factors(tmp_path):
+    """Qwen3-VL's checkpoints hold experts as (in, out), which the names of factors would match as well."""
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "moe_intermediate_size": 12, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 64, "num_experts": 4}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 24}
+    vision |= {"deepstack_visual_indexes": [0]}
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config=sizes, vision_config=vision)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    rank = 12  # a factor as wide as an expert
+    for row in [row for row in table(model) if row.weight.dim() == 3 and not row.why]:
+        stack = replace_stack(model, row.name, rank)
+        stack.assign(*(torch.randn_like(p) for p in stack.parameters()))
+    assert low_rank_linears(model)
+    mark(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    expected = dict(model.named_parameters())
+    found = dict(loaded.named_parameters())
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
