@@ -66,12 +66,8 @@ def mark(model: nn.Module, details: Mapping[str, Any] | None = None) -> None:
 
 def _keep_names(model: nn.Module) -> None:
     """Let `save_pretrained` leave the names of a model with low-rank experts as they are."""
-    if _has_stacks(model):
+    if any(isinstance(module, LowRankStack) for module in low_rank_linears(model).values()):
         model._weight_conversions = []
-
-
-def _has_stacks(model: nn.Module) -> bool:
-    return any(isinstance(module, LowRankStack) for module in low_rank_linears(model).values())
 
 
 def mark_dense(model: nn.Module) -> None:
@@ -109,7 +105,6 @@ class LowRankQuantizer(HfQuantizer):
     """Swaps what the configuration names before Transformers reads the weights."""
 
     requires_calibration = True  # from_pretrained loads such models, it does not make them
-    keeps_names = False
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
         for name, rank in self.quantization_config.ranks.items():
@@ -120,17 +115,12 @@ class LowRankQuantizer(HfQuantizer):
                     f"config.json gives {name} a rank, and a {model.config.model_type} model has no such weight",
                     "load the folder that was saved, with its own config.json",
                 ) from None
-        self.keeps_names = _has_stacks(model)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         # the weights are ordinary ones in another shape: .float(), .half() and training work as they always do
         model.is_quantized = False
         _keep_names(model)
         return model
-
-    def update_weight_conversions(self, weight_conversions, *model):
-        """Called before the weights are read: what was saved under the code's own names is not to be renamed."""
-        return super().update_weight_conversions([] if self.keeps_names else weight_conversions, *model)
 
     def is_serializable(self) -> bool:
         return True
