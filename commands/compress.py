@@ -8,9 +8,9 @@ from lowrank_cli import config, console, options
 from lowrank_cli.settings.common import Call
 from lowrank_cli.strict_json import dumps
 
-HELP = """Compress a model: the linears that allow it become low-rank.
+HELP = """Compress a model: the matrices that allow it become low-rank, experts included.
 
-With no options: the newest run's model to 80 % of its linears' parameters, errors weighted by the text that it
+With no options: the newest run's model to 80 % of its matrices' parameters, errors weighted by the text that it
 was trained on, or, where that is not known, by text that the model writes."""
 
 

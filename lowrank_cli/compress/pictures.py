@@ -1,4 +1,4 @@
-"""Pictures of singular values and ranks: layers against kinds of linears, and the curves of each kind."""
+"""Pictures of singular values and ranks: layers against kinds of matrices, and the curves of each kind."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def rank_map(path: Path, kept: Mapping[str, float], dense: Set[str]) -> None:
 
 
 def curves(path: Path, spectra: Mapping[str, Tensor], *, title: str) -> None:
-    """Normalised singular values, a panel for each kind of linear and a curve for each layer."""
+    """Normalised singular values, a panel for each kind of matrix and a curve for each layer; of experts (E, k) a
+    faint curve for each, and their mean."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -81,10 +82,14 @@ def curves(path: Path, spectra: Mapping[str, Tensor], *, title: str) -> None:
     for name, values in spectra.items():
         layer, kind = place_of(name)
         axes = panels.flat[kinds.index(kind)]
-        normalised = normalise(values.double())
-        chosen = torch.linspace(0, normalised.numel() - 1, min(POINTS, normalised.numel())).round().long()
-        x = chosen / max(1, normalised.numel() - 1)
-        axes.plot(x, normalised[chosen], color=colours(scale(layer)), linewidth=0.9)
+        count = values.shape[-1]
+        chosen = torch.linspace(0, count - 1, min(POINTS, count)).round().long()
+        x = chosen / max(1, count - 1)
+        experts = [] if values.dim() == 1 else list(values)
+        for one in experts:
+            axes.plot(x, normalise(one.double())[chosen], color=colours(scale(layer)), linewidth=0.3, alpha=0.3)
+        mean = values.mean(0) if experts else values
+        axes.plot(x, normalise(mean.double())[chosen], color=colours(scale(layer)), linewidth=0.9)
     for i, axes in enumerate(panels.flat):
         axes.set_visible(i < len(kinds))
         if i < len(kinds):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.compress import report, streaming
-from lowrank_cli.compress.decomposition import Store, Targets, decompose_all
+from lowrank_cli.compress.decomposition import Store, Targets, decompose_all, matrices_of
 from lowrank_cli.compress.preparation import Job, stored_dtype
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.recovery import Recovery
@@ -27,7 +27,7 @@ from lowrank_cli.compress.svd_dump import cached_values
 from lowrank_cli.errors import LowrankError, UsageError
 from lowrank_cli.evaluate.scoring import not_numbers
 from lowrank_cli.measure.perplexity import perplexity
-from lowrank_cli.models.lowrank_linear import low_rank_linears, replace_linear, weight_of
+from lowrank_cli.models.lowrank_linear import LowRankLinear, low_rank_linears, replace, replace_linear, weight_of
 from lowrank_cli.models.lowrank_quantizer import densify, mark
 from lowrank_cli.ops.finite import first_non_finite
 from lowrank_cli.run import RunDir
@@ -128,23 +128,26 @@ def spectra_of(job: Job, store: Store) -> tuple[Spectra, Spectra]:
             job.model, linears, store, windows=job.calibration, two_sided=job.weighting == "two-sided",
             damping=settings.damping, largest=bounds.largest_rank, seed=job.config.common.seed,
         )  # fmt: skip
-        weighted = {name: store.values[name] for name in linears}
+        weighted = {name: store.values_of(name, target) for name, target in linears.items()}
     # a rule that reads only shapes, or only the weighted values, gets those
     return Spectra(job.given or own or weighted, **form), Spectra(weighted, **form)
 
 
 @torch.no_grad()
 def factor(model: nn.Module, targets: Targets, ranks: Ranks, store: Store, form: str) -> None:
-    """Put low-rank linears in the place of those with a rank, in place."""
+    """Put low-rank forms in the place of linears and experts with a rank, in place."""
     with progress("factoring", len(ranks)) as advance:
         for name, rank in ranks.items():
             advance()
             if rank is None:
                 continue
             old = targets.linears.pop(name)
-            found = store.get(name) if name in store.values else decompose(weight_of(old))
-            first, second = found.factors(weight_of(old), rank)
-            replace_linear(model, name, rank, form).assign(first, second, old.bias)
+            pairs = []
+            for key, weight in matrices_of(name, old).items():
+                found = store.get(key) if key in store.values else decompose(weight)
+                pairs.append(found.factors(weight, rank))
+            factors = pairs[0] if weight_of(old).dim() == 2 else map(torch.stack, zip(*pairs, strict=True))
+            replace(model, name, rank, form).assign(*factors, getattr(old, "bias", None))
 
 
 def recovery_of(job: Job, shelf: Shelf) -> Recovery | None:
@@ -167,7 +170,8 @@ def recovery_of(job: Job, shelf: Shelf) -> Recovery | None:
 
 def pivot(model: nn.Module, pifa: bool) -> None:
     """Put factors that were trained into the form of fewer parameters, if it is wanted."""
-    for name, old in low_rank_linears(model).items() if pifa else ():
+    linears = {name: m for name, m in low_rank_linears(model).items() if isinstance(m, LowRankLinear)}
+    for name, old in linears.items() if pifa else ():
         new = replace_linear(model, name, old.rank, "pifa")
         new.assign(old.A.weight, old.B.weight, old.bias)
         new.was_conv1d = old.was_conv1d

@@ -8,10 +8,11 @@ from typing import Any
 from lowrank_cli import console
 from lowrank_cli.compress.decomposition import HELD, find_targets
 from lowrank_cli.compress.preparation import check_budget, given_spectra, loaded_dtype, outline
+from lowrank_cli.compress.report import by
 from lowrank_cli.config import RunConfig
 from lowrank_cli.models import load as models
 from lowrank_cli.models.layers import layers_of
-from lowrank_cli.svd.calibration import groups
+from lowrank_cli.svd.calibration import groups, moment_bytes
 from lowrank_cli.svd.rank_selection import Spectra
 
 
@@ -20,20 +21,20 @@ class Plan:
     """A Plan says what a compression would do.
 
     Attributes:
-        shapes: (out, in) of the linears that would be compressed, by name.
+        shapes: (out, in) of the linears that would be compressed, and (E, m, n) of experts, by name.
         skipped: why others would not, by name.
         weighting: "none", "input" or "two-sided".
         needs: bytes by what they are for.
     """
 
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, ...]]
     skipped: dict[str, str]
     weighting: str
     needs: dict[str, int]
 
     def show(self) -> None:
         """Print the plan as tables."""
-        rows = [[name, f"{m} x {n}"] for name, (m, n) in self.shapes.items()]
+        rows = [[name, by(shape)] for name, shape in self.shapes.items()]
         rows += [[name, why] for name, why in self.skipped.items()]
         if not rows:
             console.note("the model is compressed already: its factors would be multiplied out")
@@ -69,18 +70,22 @@ def weighted_needs(bounds: Spectra, two_sided: bool, passing: int, layers: int) 
     """Bytes of moments, of what is passed from layer to layer, and of decompositions.
 
     Args:
-        bounds: the linears' shapes and the form they would be in.
+        bounds: the shapes of linears and experts, and the form they would be in.
         two_sided: by the gradients at the outputs too.
         passing: bytes of one layer's inputs.
         layers: of the model.
     """
-    whole = sum(8 * (n * n + (m * m if two_sided else 0)) for m, n in bounds.shapes.values())
-    needs = {"second moments": whole}
+    sizes = {name: bounds.count(name) * moment_bytes(shape, two_sided) for name, shape in bounds.shapes.items()}
+    needs = {"second moments": sum(sizes.values())}
     if len(groups(bounds.shapes, HELD, two_sided)) > 1:
-        needs = {"second moments, of a layer": whole // max(1, layers)}
+        linears = sum(size for name, size in sizes.items() if len(bounds.shapes[name]) == 2)
+        of_layer, of_linears = (size // max(1, layers) for size in (sum(sizes.values()), linears))
+        # experts are taken as they fit beside the layer's linears, and then the layer is passed again
+        needs = {"second moments, of a layer": min(of_layer, max(HELD, of_linears))}
         needs["layers' inputs, on disk beyond 4 GiB"] = passing * (layers + 1 if two_sided else 1)
     bases = sum(
-        8 * min(shape) * bounds.largest_rank(name) * (2 if two_sided or shape[0] > shape[1] else 1)
+        8 * bounds.count(name) * min(shape[-2:]) * bounds.largest_rank(name)
+        * (2 if two_sided or shape[-2] > shape[-1] else 1)
         for name, shape in bounds.shapes.items()
-    )
+    )  # fmt: skip
     return {**needs, "decompositions, on disk beyond 4 GiB": bases}

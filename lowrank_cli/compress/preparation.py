@@ -76,8 +76,8 @@ class Job:
     given: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """(out, in) of every linear, (E, m, n) of experts."""
         return self.targets.shapes
 
 
@@ -264,7 +264,8 @@ def calibrate(job: Job, parts: list[Part], length: int, given: bool) -> list[Par
                 offline=job.config.common.offline,
             )  # fmt: skip
     names, tokens = ", ".join(part.name for part in parts), length * len(rows)
-    widest = max(n for _, n in job.shapes.values())
+    # which side of experts is the input shows when they run
+    widest = max(shape[1] if len(shape) == 2 else min(shape[1:]) for shape in job.shapes.values())
     few = f"{names} is too short to calibrate linears of {widest:,} inputs: {tokens:,} tokens in whole windows"
     if tokens < widest and not given and any(part.data is not None for part in parts):
         console.note(f"{few}; the model writes its own text instead")
@@ -280,7 +281,7 @@ def calibrate(job: Job, parts: list[Part], length: int, given: bool) -> list[Par
     return parts
 
 
-def check_budget(part: methods.Method, shapes: dict[str, tuple[int, int]]) -> None:
+def check_budget(part: methods.Method, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises UsageError for a budget of parameters that rank 1 everywhere exceeds."""
     least = Spectra({}, shapes, pifa=part.config.pifa).least_share()
     if part.config.rank is None and part.budget < least:
@@ -316,7 +317,7 @@ def refuse_unused(config: RunConfig, part: methods.Method) -> None:
         )
 
 
-def given_spectra(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+def given_spectra(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Singular values of --spectra, for these linears; none without it."""
     if config.compress.spectra is None or not shapes:
         return {}

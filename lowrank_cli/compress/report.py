@@ -17,25 +17,30 @@ from lowrank_cli.svd.rank_selection import Ranks, Spectra
 MISSED = 0.005
 # a perplexity of so many times the one before has a warning
 LOST = 2.0
-COLUMNS = ("name", "out", "in", "rank", "full_rank", "role", "parameters_before", "parameters_after", "error", "why")
+COLUMNS = (
+    "name", "experts", "out", "in", "rank", "full_rank", "role", "parameters_before", "parameters_after", "error",
+    "why",
+)  # fmt: skip
 
 
 def rows(targets: Targets, ranks: Ranks, plain: Spectra, weighted: Spectra) -> list[dict[str, Any]]:
-    """Return a row for each linear: its rank, its role (LRC, N-LRC or skipped), its parameters.
+    """Return a row for each linear, and each parameter of experts: rank, role (LRC, N-LRC or skipped), parameters.
 
-    `error` is the relative error of the (weighted) weight in the Frobenius norm.
+    `out` and `in` of experts are the sides of one matrix as the architecture stores it. `error` is the relative error
+    of the (weighted) weight in the Frobenius norm.
     """
     table = []
     for name, rank in ranks.items():
-        m, n = plain.shapes[name]
+        *experts, m, n = plain.shapes[name]
         squares = weighted.values[name].double().square()
         lost = 0.0 if rank is None else float((squares[rank:].sum() / squares.sum().clamp(min=1e-300)).sqrt())
         table.append(
             {
-                "name": name, "out": m, "in": n, "rank": rank if rank is not None else min(m, n),
+                "name": name, "experts": experts[0] if experts else None, "out": m, "in": n,
+                "rank": rank if rank is not None else min(m, n),
                 "full_rank": min(m, n), "role": "N-LRC" if rank is None else "LRC",
-                "parameters_before": m * n, "parameters_after": plain.parameters(name, rank), "error": lost,
-                "why": "",
+                "parameters_before": plain.parameters(name, None), "parameters_after": plain.parameters(name, rank),
+                "error": lost, "why": "",
             }
         )  # fmt: skip
     return table + [{"name": name, "role": "skipped", "why": why} for name, why in targets.skipped.items()]
@@ -112,24 +117,29 @@ def write(folder: RunDir, table: list[dict[str, Any]], result: dict[str, Any], *
 
 
 def show(table: Sequence[dict[str, Any]]) -> None:
-    """One line for each kind of linear."""
+    """One line for each kind of matrix; the experts of a layer count as one."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in table:
         if "rank" in row:
-            kinds.setdefault(row["name"].rpartition(".")[2], []).append(row)
+            kinds.setdefault(row["name"].removesuffix(".weight").rpartition(".")[2], []).append(row)
     lines = []
     for kind, members in kinds.items():
         low = [row for row in members if row["role"] == "LRC"]
         ranks = f"{min(r['rank'] for r in low)} to {max(r['rank'] for r in low)}" if low else ""
-        shapes = {f"{r['out']} x {r['in']}" for r in members}
+        shapes = {by([r[side] for side in ("experts", "out", "in") if r[side] is not None]) for r in members}
         after, before = (sum(r[key] for r in members) for key in ("parameters_after", "parameters_before"))
         lines.append([kind, len(members), ", ".join(sorted(shapes)), len(low), ranks, f"{100 * after / before:.0f} %"])
     console.table(
         "Low-rank components",
-        ["linears", "count", "shape", "low-rank", "ranks", "parameters"],
+        ["matrices", "count", "shape", "low-rank", "ranks", "parameters"],
         lines,
         right=(1, 3, 5),
     )
+
+
+def by(shape: Sequence[int]) -> str:
+    """A shape as people write it."""
+    return " x ".join(map(str, shape))
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -139,9 +149,9 @@ def summary(result: dict[str, Any]) -> str:
     sizes = " -> ".join(console.human_bytes(result[key]) for key in ("bytes_before", "bytes_after"))
     if "linear_parameter_share" in result:
         parts[0] += (
-            f" ({100 * result['linear_parameter_share']:.1f} % of the linears', "
+            f" ({100 * result['linear_parameter_share']:.1f} % of the matrices', "
             f"{100 * result['rank_reduction']:.1f} % of the rank cut, "
-            f"{result['low_rank_components']} of {result['linears']} linears low-rank)"
+            f"{result['low_rank_components']} of {result['linears']} matrices low-rank)"
         )
     if "perplexity_before" in result:
         parts += [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -146,6 +147,11 @@ def _part(number: int) -> str:
 def compressed(reader: Reader, ranks: Ranks, form: str, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield what one tensor of the model becomes: itself, the parts of its factored form, or nothing for a bias that
     goes with its weight."""
+    if key in reader.stacks and ranks.get(key) is not None:
+        pairs = [decompose(one.to(reader.device)).factors(one.to(reader.device), ranks[key]) for one in tensor]
+        for part, factors in zip("AB", zip(*pairs, strict=True), strict=True):
+            yield f"{key}.{part}", torch.stack(factors).to(tensor.dtype).cpu()
+        return
     name, _, leaf = key.rpartition(".")
     rank = ranks.get(name)
     if rank is None or leaf not in ("weight", "bias"):

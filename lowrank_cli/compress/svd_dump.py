@@ -1,4 +1,4 @@
-"""The singular values of every linear of a model, and of the mean gradient on text: files and pictures.
+"""The singular values of every matrix of a model, and of the mean gradient on text: files and pictures.
 
 Weights are read one after the other, from the safetensors files where the model has them under its own names, so that
 a model much larger than memory can be read. Values are cached by the content of the weight.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowrank_cli import console, foreign
 from lowrank_cli.compress import files
@@ -32,6 +33,7 @@ from lowrank_cli.models import load as models
 from lowrank_cli.models import quantized
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import Source, locate
+from lowrank_cli.models.targets import Matrix
 from lowrank_cli.ops.finite import refuse_non_finite
 from lowrank_cli.run import RunDir, write_json
 from lowrank_cli.settings.training import DataConfig
@@ -46,13 +48,13 @@ HASHED_ROWS = 256
 
 
 class Reader:
-    """The weights of a model's linears by name, (out, in) each, read when asked for.
+    """The weights of a model's linears by name, (out, in), and of experts, (E, m, n), read when asked for.
 
     Args:
         source: where the model is.
         config: the run's settings.
-        loading: whether a model whose files cannot be read by its linears' names is loaded as a whole; without, it
-            is left at no `files`.
+        loading: whether a model whose files cannot be read by the names of its code is loaded as a whole; without,
+            it is left at no `files`.
     """
 
     def __init__(self, source: Source, config: RunConfig, *, loading: bool = True):
@@ -65,14 +67,29 @@ class Reader:
         self.has_head = False  # the files' names are those of the language model, not of the model inside it
         for skeleton in self.skeletons() if self.files else ():
             linears = find_targets(skeleton).linears
-            if all(f"{name}.weight" in self.files for name in linears):
+            self.stacks = {name for name, m in linears.items() if isinstance(m, Matrix)}
+            if all(self.key_of(name) in self.files for name in linears) and self.are_as_stored(skeleton):
                 self.has_head = type(skeleton) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
                 self.shapes = {name: shape_of(module) for name, module in linears.items()}
-                self.transposed = {name for name, m in linears.items() if not hasattr(m, "out_features")}
+                self.transposed = {
+                    name for name, m in linears.items() if name not in self.stacks and not hasattr(m, "out_features")
+                }
                 return
         self.files = {}
         if loading:
             self.load()
+
+    def key_of(self, name: str) -> str:
+        """The name of a weight in the files."""
+        return name if name in self.stacks else f"{name}.weight"
+
+    def are_as_stored(self, skeleton: nn.Module) -> bool:
+        """Return whether Transformers reads experts from the files as they are: it may merge, split or turn them."""
+        if not self.stacks:
+            return True
+        conversions = get_model_conversion_mapping(skeleton)
+        changed = any(c.rename_source_key(key)[1] is not None for key in self.files for c in conversions)
+        return not changed and set(self.files) <= set(skeleton.state_dict())
 
     def skeletons(self) -> Iterator[nn.Module]:
         """The language model of the configuration, and the model without a head, such as a plain BERT; on meta."""
@@ -135,11 +152,11 @@ class Reader:
     def __getitem__(self, name: str) -> Tensor:
         if not self.files:
             return weight_of(self.linears[name]).detach()
-        weight = self.tensor(f"{name}.weight")
+        weight = self.tensor(self.key_of(name))
         weight = weight.mT if name in self.transposed else weight
         if tuple(weight.shape) != self.shapes[name]:
             raise UsageError(
-                f"{name}.weight is {' x '.join(map(str, weight.shape))} in the file, and the configuration says "
+                f"{self.key_of(name)} is {' x '.join(map(str, weight.shape))} in the file, and the configuration says "
                 f"{' x '.join(map(str, self.shapes[name]))}",
                 "its weights and its config.json are not of the same model",
             )
@@ -150,16 +167,23 @@ class Reader:
 def cached_values(weight: Tensor) -> Tensor:
     """The singular values of a weight, out of the cache if this very weight has been decomposed before."""
     weight = weight.detach()
+    stack = weight if weight.dim() == 3 else weight[None]
     digest = hashlib.sha256(f"{METHOD} {tuple(weight.shape)}".encode())
-    for rows in weight.split(HASHED_ROWS):
-        # the same numbers in 16 bits and in 32 are the same weight
-        digest.update(rows.float().cpu().contiguous().view(torch.uint8).numpy())
+    for one in stack:
+        for rows in one.split(HASHED_ROWS):
+            # the same numbers in 16 bits and in 32 are the same weight
+            digest.update(rows.float().cpu().contiguous().view(torch.uint8).numpy())
 
     def make(folder: Path) -> None:
-        (folder / VALUES).write_bytes(save({"values": singular_values(weight).cpu()}))
+        (folder / VALUES).write_bytes(save({"values": values_of_stack(weight).cpu()}))
 
     folder = cached_folder("spectra", digest.hexdigest()[:32], make)
     return foreign.read_tensors(folder / VALUES)["values"]
+
+
+def values_of_stack(weight: Tensor) -> Tensor:
+    """The singular values of (m, n), as (k,), or of each matrix of (E, m, n), as (E, k)."""
+    return singular_values(weight) if weight.dim() == 2 else torch.stack([singular_values(one) for one in weight])
 
 
 def values_of(reader: Reader) -> dict[str, Tensor]:
@@ -216,7 +240,7 @@ def run(dump: Dump, folder: RunDir) -> dict[str, Any]:
         files.write_published(folder.path / files.PUBLISHED, values)
         result["published"] = str(folder.path / files.PUBLISHED)
     if dump.text:
-        gradients = {name: singular_values(g).cpu() for name, g in mean_gradients(reader.load(), dump.text)}
+        gradients = {name: values_of_stack(g).cpu() for name, g in mean_gradients(reader.load(), dump.text)}
         result |= write(
             folder, "gradient_singular_values", gradients, reader.shapes, "gradients", config.spectra.plots
         )
@@ -227,7 +251,7 @@ def run(dump: Dump, folder: RunDir) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The result as a few lines for people."""
-    lines = [f"{result['linears']} linears, mean effective rank "
+    lines = [f"{result['linears']} matrices, mean effective rank "
              f"{100 * result['mean_effective_rank_share_of_weights']:.0f} % of the full one"]  # fmt: skip
     if "gradients" in result:
         share = result["mean_effective_rank_share_of_gradients"]
@@ -254,7 +278,7 @@ def text_windows(config: RunConfig, reader: Reader, source: Source) -> list[Tens
 
 
 def mean_gradients(model: nn.Module, text: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The gradient of the mean loss over all windows, of each linear, (out, in)."""
+    """The gradient of the mean loss over all windows, of each linear, (out, in), and of experts, (E, m, n)."""
     linears = find_targets(model).linears
     asked = [p for p in model.parameters() if p.requires_grad]
     wanted = {module.weight for module in linears.values()}
@@ -274,7 +298,7 @@ def mean_gradients(model: nn.Module, text: list[Tensor]) -> Iterator[tuple[str, 
             if module.weight.grad is None or not bool(torch.isfinite(module.weight.grad).all()):
                 raise MissingError(f"{name} got no finite gradient on this text", "use --dtype float32")
             grad = module.weight.grad
-            yield name, grad if hasattr(module, "out_features") else grad.mT
+            yield name, grad if isinstance(module, Matrix) or hasattr(module, "out_features") else grad.mT
     finally:
         for p in asked:
             p.requires_grad_(True)
@@ -282,11 +306,12 @@ def mean_gradients(model: nn.Module, text: list[Tensor]) -> Iterator[tuple[str, 
 
 
 def write(
-    folder: RunDir, stem: str, values: dict[str, Tensor], shapes: dict[str, tuple[int, int]], what: str, plots: bool
+    folder: RunDir, stem: str, values: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], what: str, plots: bool
 ) -> dict[str, Any]:
     """The files and pictures of one set of values."""
     files.write_spectra(folder.path, values, shapes, stem)
-    shares = {name: effective_rank(v) / v.numel() for name, v in values.items()}
+    # of experts the mean of theirs
+    shares = {name: sum(map(effective_rank, v.reshape(-1, v.shape[-1]))) / v.numel() for name, v in values.items()}
     if plots:
         from lowrank_cli.compress import pictures
 

@@ -11,7 +11,7 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 # bitsandbytes' 4-bit weights: elements that share a scale of one byte, and scales that share one in float32
 SCALE_BLOCK, NESTED_BLOCK, CODE_ENTRIES = 64, 256, 256 + 16
@@ -61,7 +61,12 @@ class RealKernels(TorchFunctionMode):
 
         # on the meta device torch takes products of groups of rows in bfloat16 alone
         def grouped_product(mat_a, mat_b, **kwargs):
+            if has_torch_function((mat_b,)):
+                # low-rank experts make two products of it
+                return handle_torch_function(grouped_product, (mat_b,), mat_a, mat_b, **kwargs)
             return _GroupedProduct.apply(mat_a, mat_b)
+
+        grouped_product.__name__ = "grouped_mm"
 
         # torch has no autocast on the meta device, and asks for it even to turn it off
         def init(autocast, device_type, *args, **kwargs):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lowrank_cli.config import RunConfig
     from lowrank_cli.svd.rank_selection import Ranks, Spectra
 
-# kept of the linears' parameters where neither a rank nor a budget is given
+# kept of the matrices' parameters where neither a rank nor a budget is given
 DEFAULT_BUDGET = 0.8
 # settings that only a compression reads
 COMPRESSING = (
@@ -48,7 +48,10 @@ class WeLore(Method):
             None, "percent of all singular values to cut: the paper's effective rank reduction", above=0, below=100
         )
         param_budget: float | None = option(
-            None, "share of the linears' parameters to keep, instead of a rank; 0.8 without either", above=0, max=1
+            None,
+            "share of the layers' matrices to keep, experts included, instead of a rank; 0.8 without either",
+            above=0,
+            max=1,
         )
         allocation: str | None = option(
             None,
@@ -140,11 +143,11 @@ class WeLore(Method):
         if self.config.rank is not None:
             which = "cut" if self.config.counting == "factored" else "below the threshold"
             return f"{self.config.rank:g} % of the singular values {which}"
-        return f"{100 * self.budget:g} % of the linears' parameters kept"
+        return f"{100 * self.budget:g} % of the matrices' parameters kept"
 
     @property
     def budget(self) -> float:
-        """Share of the linears' parameters to keep, where no rank is given."""
+        """Share of the matrices' parameters to keep, where no rank is given."""
         return self.config.param_budget if self.config.param_budget is not None else DEFAULT_BUDGET
 
     @property

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.models.lowrank_experts import LowRankStack, is_stack, replace_stack
+from lowrank_cli.models.targets import Matrix
+
 
 class LowRankLinear(nn.Module):
     """A linear of rank r as two linears, y = A (B x) + b.
@@ -175,22 +178,34 @@ def replace_linear(model: nn.Module, name: str, rank: int, form: str, *, device=
     return new
 
 
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear, a Conv1D, whose weight is (in, out), or a low-rank linear."""
-    if hasattr(linear, "out_features"):
-        return linear.out_features, linear.in_features
-    n, m = linear.weight.shape
+def replace(model: nn.Module, name: str, rank: int, form: str) -> nn.Module:
+    """Put an uninitialised low-rank form in the place of a linear, or of a parameter of experts; returns it.
+
+    Experts are factored whatever the form: coordinates of other rows would have to be put in another order for every
+    token, and the kernels that multiply tokens by their experts' matrices do not do that.
+    """
+    return replace_stack(model, name, rank) if is_stack(model, name) else replace_linear(model, name, rank, form)
+
+
+def shape_of(target: nn.Module | Matrix) -> tuple[int, ...]:
+    """(out, in) of a linear, a Conv1D, whose weight is (in, out), or a low-rank linear; (E, m, n) of experts."""
+    if isinstance(target, Matrix):
+        return tuple(target.weight.shape)
+    if hasattr(target, "out_features"):
+        return target.out_features, target.in_features
+    n, m = target.weight.shape
     return m, n
 
 
-def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as (out, in)."""
-    return linear.weight if hasattr(linear, "out_features") else linear.weight.mT
+def weight_of(target: nn.Module | Matrix) -> Tensor:
+    """The weight as (out, in); of experts as it is stored."""
+    is_plain = isinstance(target, Matrix) or hasattr(target, "out_features")
+    return target.weight if is_plain else target.weight.mT
 
 
-def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear | PivotLinear]:
-    """The low-rank linears of a model by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLinear, PivotLinear))}
+def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear | PivotLinear | LowRankStack]:
+    """The low-rank linears of a model, and its low-rank stacks of experts, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (LowRankLinear, PivotLinear, LowRankStack))}
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

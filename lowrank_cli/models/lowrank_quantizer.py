@@ -1,8 +1,12 @@
 """Let Transformers save and load a model with low-rank linears.
 
 The model's config.json has `quantization_config: {quant_method: lowrank, ranks: {name: r}, form: ...}`. With it
-`from_pretrained` swaps the named linears for low-rank ones before it reads the weights. Importing this file registers
-the name; `import lowrank_cli` sees to it that it is imported with Transformers' own table of quantizers.
+`from_pretrained` swaps the named linears and parameters of experts for low-rank ones before it reads the weights.
+Importing this file registers the name; `import lowrank_cli` sees to it that it is imported with Transformers' own
+table of quantizers.
+
+A model with low-rank experts is saved under its code's own names: its publishers' have a tensor for each expert, and
+there is none of a factor.
 """
 
 from __future__ import annotations
@@ -17,16 +21,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_cli.errors import UsageError
-from lowrank_cli.models.lowrank_linear import FORMS, low_rank_linears, replace_linear
+from lowrank_cli.models.lowrank_experts import LowRankStack
+from lowrank_cli.models.lowrank_linear import FORMS, low_rank_linears, replace
 
 QUANT_METHOD = "lowrank"
 
 
 @torch.no_grad()
 def densify(model: nn.Module) -> None:
-    """Put plain linears in the place of the low-rank ones, in place, and forget the quantization."""
+    """Put plain linears, and parameters of experts, in the place of the low-rank ones, and forget the quantization."""
     for name, module in low_rank_linears(model).items():
         parent, _, leaf = name.rpartition(".")
+        if isinstance(module, LowRankStack):
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(module.weight))
+            continue
         weight, bias = module.weight, module.bias
         if module.was_conv1d:
             plain = Conv1D(module.out_features, module.in_features).to(weight)
@@ -46,13 +54,20 @@ def densify(model: nn.Module) -> None:
 def mark(model: nn.Module, details: Mapping[str, Any] | None = None) -> None:
     """Tell a model with low-rank linears how it is to be saved: its configuration gets the map of its ranks."""
     found = low_rank_linears(model)
-    forms = {m.form for m in found.values()}
+    forms = {m.form for m in found.values() if not isinstance(m, LowRankStack)}
     config = LowRankConfig(
         ranks={name: m.rank for name, m in found.items()}, form=forms.pop() if forms else "factored", **(details or {})
     )
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config)
     model.quantization_method = QUANT_METHOD
+    _keep_names(model)
+
+
+def _keep_names(model: nn.Module) -> None:
+    """Let `save_pretrained` leave the names of a model with low-rank experts as they are."""
+    if any(isinstance(module, LowRankStack) for module in low_rank_linears(model).values()):
+        model._weight_conversions = []
 
 
 def mark_dense(model: nn.Module) -> None:
@@ -65,13 +80,16 @@ def mark_dense(model: nn.Module) -> None:
         if key in vars(holder):
             delattr(holder, key)
     model.is_quantized = False
+    if vars(model).get("_weight_conversions") == []:
+        # none were used, or none were to be: Transformers finds those of the architecture
+        del model._weight_conversions
 
 
 class LowRankConfig(QuantizationConfigMixin):
     """A LowRankConfig is the `quantization_config` in the config.json of a compressed model.
 
     Args:
-        ranks: rank by the name of the linear.
+        ranks: rank by the name of the linear, or of the parameter of experts.
         form: "factored" or "pifa".
         details: how it was compressed, for people.
     """
@@ -84,23 +102,24 @@ class LowRankConfig(QuantizationConfigMixin):
 
 
 class LowRankQuantizer(HfQuantizer):
-    """Swaps the linears that the configuration names before Transformers reads the weights."""
+    """Swaps what the configuration names before Transformers reads the weights."""
 
     requires_calibration = True  # from_pretrained loads such models, it does not make them
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
         for name, rank in self.quantization_config.ranks.items():
             try:
-                replace_linear(model, name, rank, self.quantization_config.form)
+                replace(model, name, rank, self.quantization_config.form)
             except AttributeError:
                 raise UsageError(
-                    f"config.json gives {name} a rank, and a {model.config.model_type} model has no such linear",
+                    f"config.json gives {name} a rank, and a {model.config.model_type} model has no such weight",
                     "load the folder that was saved, with its own config.json",
                 ) from None
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         # the weights are ordinary ones in another shape: .float(), .half() and training work as they always do
         model.is_quantized = False
+        _keep_names(model)
         return model
 
     def is_serializable(self) -> bool:

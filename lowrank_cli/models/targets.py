@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.layers import IN_LAYER, decoder_of, outside_text
+from lowrank_cli.models.lowrank_experts import LowRankStack
 
 # packages whose subclasses of nn.Linear are linears; one of a model's own may compute something else
 LINEAR_PACKAGES = ("torch", "bitsandbytes", "lowrank_cli", "peft")
@@ -70,7 +71,8 @@ def _why_not(inside: nn.Module, path: str, module: nn.Module, weight: Tensor) ->
 
 def experts_of(module: nn.Module) -> int | None:
     """Return how many experts a module holds in tensors of three dimensions; None if it holds none."""
-    found = next((p for p in module.parameters(recurse=False) if p.dim() == 3), None)
+    own = [module, *(child for child in module.children() if isinstance(child, LowRankStack))]
+    found = next((p for part in own for p in part.parameters(recurse=False) if p.dim() == 3), None)
     if found is None or not (hasattr(module, "num_experts") or type(module).__name__.endswith("Experts")):
         return None
     return getattr(module, "num_experts", len(found))

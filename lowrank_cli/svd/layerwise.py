@@ -10,6 +10,8 @@ kept instead (tokens x width, a fraction of that), and the gradient at every lay
 
 One-sided moments need no way back: each layer passes its inputs on, watched, and only one layer's are kept.
 
+A layer whose experts have more moments than a budget is passed several times before the text goes on.
+
 It needs a model whose layers pass on one tensor and nothing else that depends on it, which `chain_of` finds out by
 watching one pass, and whose logits come of the last one's. What layers are given besides (masks, rotary angles) is
 what the model itself gives them.
@@ -17,6 +19,7 @@ what the model itself gives them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_cli.models.layers import layers_of
-from lowrank_cli.svd.calibration import Moments, finished, frozen, watching
+from lowrank_cli.models.lowrank_linear import shape_of
+from lowrank_cli.svd.calibration import Moments, Target, frozen, groups, moment_bytes, watching
 from lowrank_cli.svd.shelf import Shelf
 
 # tokens that a model is watched on
@@ -177,10 +181,13 @@ def nested(value: Any) -> Iterator[Any]:
         yield value
 
 
-def of_layers(chain: Chain, linears: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]] | None:
-    """The linears of each layer by their full names; None if one is in no layer."""
-    names = {module: name for name, module in linears.items()}
-    found = [{names[m]: m for m in layer.modules() if m in names} for layer in chain.layers]
+def of_layers(chain: Chain, linears: Mapping[str, Target]) -> list[dict[str, Target]] | None:
+    """The linears and experts of each layer by their full names; None if one is in no layer."""
+    holders = {name: m if isinstance(m, nn.Module) else m.module for name, m in linears.items()}
+    found = []
+    for layer in chain.layers:
+        inside = set(layer.modules())
+        found.append({name: linears[name] for name, holder in holders.items() if holder in inside})
     return found if sum(map(len, found)) == len(linears) else None
 
 
@@ -189,25 +196,28 @@ class LayerMoments:
 
     Args:
         chain: the model.
-        linears: of each layer, by name.
+        linears: of each layer, by name; experts too.
         windows: token ids, (B, T) each.
         two_sided: also the gradients' moments, which takes a way back.
         shelf: for the layers' inputs.
+        budget: bytes of the moments of a layer's experts that are held together.
         seed: of the labels; they are those that `calibration.collect` draws.
     """
 
     def __init__(
         self,
         chain: Chain,
-        linears: Sequence[Mapping[str, nn.Module]],
+        linears: Sequence[Mapping[str, Target]],
         windows: Sequence[Tensor],
         *,
         two_sided: bool,
         shelf: Shelf,
+        budget: float = math.inf,
         seed: int = 0,
     ):
         device = next(chain.model.parameters()).device
         self.chain, self.linears, self.two_sided, self.shelf = chain, linears, two_sided, shelf
+        self.parts = [parts_of(of_one, budget, two_sided) for of_one in linears]
         self.windows = [ids.to(device) for ids in windows]
         self.tokens = sum(ids.numel() for ids in self.windows)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -240,34 +250,49 @@ class LayerMoments:
         return last.grad
 
     def moments(self) -> Iterator[dict[str, Moments]]:
-        """After `forward`: the moments of each layer that has linears; two-sided, the last layer first."""
+        """After `forward`: the moments of each part of `parts`; two-sided, those of the last layer first."""
         order = range(len(self.chain.layers))
         for index in reversed(order) if self.two_sided else order:
-            found = {name: Moments() for name in self.linears[index]}
-            owners: dict[str, str] = {}
-            with watching(self.linears[index], found, owners, self.two_sided), frozen(self.chain.model):
-                for w in range(len(self.windows)):
-                    self.step(index, w)
-            if found:
-                yield finished(found, owners, self.tokens, self.two_sided)
+            # a layer that has nothing to watch passes the text on as well
+            parts = self.parts[index] or [{}]
+            for part in parts:
+                linears = {name: self.linears[index][name] for name in part}
+                watcher = watching(linears, self.two_sided, part)
+                with watcher, frozen(self.chain.model):
+                    for w in range(len(self.windows)):
+                        self.step(index, w, is_last=part is parts[-1])
+                if part:
+                    yield watcher.finished(self.tokens)
         for w in range(len(self.windows)):
             self.shelf.pop(key("passing", w))
 
-    def step(self, index: int, w: int) -> None:
-        """Pass one window through a layer: its inputs forward, or the gradients at its outputs back."""
+    def step(self, index: int, w: int, *, is_last: bool) -> None:
+        """Pass one window through a layer: its inputs forward, or the gradients at its outputs back; what comes out
+        is kept if it is the last time."""
+        take = self.shelf.pop if is_last else self.shelf.get
         # made anew each time: masks of all windows would be held for long
         args, kwargs = self.chain.inputs(self.windows[w])[1][index]
-        passing = self.shelf.pop(key("passing", w))["hidden"]
+        passing = take(key("passing", w))["hidden"]
         if not self.two_sided:
             with torch.no_grad():
                 passed = self.chain.apply(index, passing, args, kwargs)
         else:
-            hidden = self.shelf.pop(key(index, w))["hidden"]
+            hidden = take(key(index, w))["hidden"]
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
                 self.chain.apply(index, hidden, args, kwargs).backward(passing)
             passed = hidden.grad
-        self.shelf.put(key("passing", w), {"hidden": passed})
+        if is_last:
+            self.shelf.put(key("passing", w), {"hidden": passed})
+
+
+def parts_of(linears: Mapping[str, Target], budget: float, two_sided: bool) -> list[dict[str, range]]:
+    """A layer's linears, always together, and its experts as they fit beside them, in groups as of `groups`."""
+    shapes = {name: shape_of(m) for name, m in linears.items()}
+    matrices = sum(moment_bytes(shape, two_sided) for shape in shapes.values() if len(shape) == 2)
+    # linears first: they are few, and their order is nothing to anyone
+    ordered = dict(sorted(shapes.items(), key=lambda pair: len(pair[1])))
+    return groups(ordered, max(budget, matrices), two_sided)
 
 
 def key(what: int | str, window: int) -> str:

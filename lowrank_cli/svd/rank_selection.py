@@ -1,7 +1,9 @@
 """Select how many directions of each weight to keep: pure functions from singular values to ranks.
 
 Shapes: a weight is (m, n), k = min(m, n) its singular values, r <= k the rank that it is factored at. A rank of None
-leaves a weight dense, at full rank.
+leaves a weight dense, at full rank. The weights of E experts, (E, m, n), are one weight, whose matrices are all
+factored at the same rank: its values are the roots of the sums of the matrices' squares, so that squares are errors
+as they are of one matrix.
 
 Two counts say how much is compressed, and they are not the same (WeLore's "50 %" may be larger than the model was):
 
@@ -13,13 +15,14 @@ Two counts say how much is compressed, and they are not the same (WeLore's "50 %
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
 Ranks = dict[str, int | None]
 
 # the thresholds of WeLore's linear search
@@ -32,9 +35,9 @@ class Spectra:
     """Singular values and shapes of a model's weights, and the form that they would be factored in.
 
     Attributes:
-        values: by name, (k,) each, descending.
-        shapes: by name, (m, n).
-        pifa: factored weights take r (m + n - r) parameters instead of r (m + n).
+        values: by name, (k,) each, descending; of experts (E, k) are given, and what `together` makes of them is kept.
+        shapes: by name, (m, n) or (E, m, n).
+        pifa: factored matrices take r (m + n - r) parameters instead of r (m + n); experts never do.
         allow_growth: factor a weight also where its factors are no smaller than it was, as the paper's code does.
     """
 
@@ -45,16 +48,28 @@ class Spectra:
     normalised: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
+        kept = {}
         for name, values in self.values.items():
-            m, n = self.shapes[name]
-            if values.shape != (min(m, n),):
-                raise ValueError(f"{values.numel()} singular values for {name}, which is {m} x {n}")
-            self.normalised[name] = normalise(values.double())
+            *experts, m, n = self.shapes[name]
+            if values.shape != (*experts, min(m, n)):
+                raise ValueError(f"singular values of {tuple(values.shape)} for {name}, which is {m} x {n}")
+            kept[name] = together(values)
+            self.normalised[name] = normalise(kept[name].double())
+        object.__setattr__(self, "values", kept)
+
+    def count(self, name: str) -> int:
+        """Matrices of a weight: 1, or the number of experts."""
+        return math.prod(self.shapes[name][:-2])
 
     def parameters(self, name: str, rank: int | None) -> int:
         """Parameters of a weight at a rank."""
-        m, n = self.shapes[name]
-        return m * n if rank is None else rank * (m + n - (rank if self.pifa else 0))
+        m, n = self.shapes[name][-2:]
+        pifa = self.pifa and len(self.shapes[name]) == 2
+        return self.count(name) * (m * n if rank is None else rank * (m + n - (rank if pifa else 0)))
+
+    def total(self) -> int:
+        """Singular values of all matrices."""
+        return sum(self.count(name) * v.numel() for name, v in self.values.items())
 
     def fits(self, name: str, rank: int) -> bool:
         """Return whether factoring at this rank is allowed: it makes the weight smaller, or growth is allowed."""
@@ -62,7 +77,7 @@ class Spectra:
 
     def parameter_share(self, ranks: Ranks) -> float:
         """Parameters at these ranks as a share of the dense ones."""
-        dense = sum(m * n for m, n in self.shapes.values())
+        dense = sum(map(math.prod, self.shapes.values()))
         return sum(self.parameters(name, rank) for name, rank in ranks.items()) / dense
 
     def least_share(self) -> float:
@@ -71,11 +86,16 @@ class Spectra:
 
     def largest_rank(self, name: str) -> int:
         """The largest rank that a weight may be factored at; 0 if none."""
-        return max((r for r in range(1, min(self.shapes[name]) + 1) if self.fits(name, r)), default=0)
+        return max((r for r in range(1, min(self.shapes[name][-2:]) + 1) if self.fits(name, r)), default=0)
 
     def rank_reduction(self, ranks: Ranks) -> float:
         """Share of all singular values that the factored weights have lost."""
-        return num_cut(self, ranks) / sum(v.numel() for v in self.values.values())
+        return num_cut(self, ranks) / self.total()
+
+
+def together(values: Tensor) -> Tensor:
+    """The values of one weight: its own, (k,), or of experts' (E, k) the roots of the sums of squares."""
+    return values if values.dim() == 1 else values.double().square().sum(0).sqrt()
 
 
 def normalise(values: Tensor) -> Tensor:
@@ -101,8 +121,8 @@ def below_threshold(spectra: Spectra, threshold: float, min_ratio: float) -> Ran
 
 def pooled_reduction(spectra: Spectra, threshold: float) -> float:
     """The share of all normalised singular values below a threshold, those of weights left dense included."""
-    below = sum(int((n < threshold).sum()) for n in spectra.normalised.values())
-    return below / sum(n.numel() for n in spectra.normalised.values())
+    below = sum(spectra.count(name) * int((n < threshold).sum()) for name, n in spectra.normalised.items())
+    return below / spectra.total()
 
 
 def pooled_threshold(spectra: Spectra, target: float, *, paper: bool = False) -> float:
@@ -149,7 +169,7 @@ def welore(
     if paper:
         return below_threshold(spectra, on_grid(reduction, target), min_ratio)
     under, over = bisect(reduction, target)
-    cut = round(target * sum(v.numel() for v in spectra.values.values()))
+    cut = round(target * spectra.total())
     fewer, more = (below_threshold(spectra, threshold, min_ratio) for threshold in (under, over))
     reached = [cut_more(spectra, fewer, cut), give_back(spectra, more, cut, min_ratio)]
     return min(reached, key=lambda ranks: abs(num_cut(spectra, ranks) - cut))
@@ -157,7 +177,11 @@ def welore(
 
 def num_cut(spectra: Spectra, ranks: Ranks) -> int:
     """Singular values that the factored weights have lost."""
-    return sum(v.numel() - ranks[name] for name, v in spectra.values.items() if ranks[name] is not None)
+    return sum(
+        spectra.count(name) * (v.numel() - ranks[name])
+        for name, v in spectra.values.items()
+        if ranks[name] is not None
+    )
 
 
 def cut_more(spectra: Spectra, ranks: Ranks, count: int) -> Ranks:
@@ -168,8 +192,10 @@ def cut_more(spectra: Spectra, ranks: Ranks, count: int) -> Ranks:
     missing = count - num_cut(spectra, ranks)
     while heap and missing > 0:
         _, name = heapq.heappop(heap)
+        if spectra.count(name) > missing:
+            continue
         ranks[name] -= 1
-        missing -= 1
+        missing -= spectra.count(name)
         if ranks[name] > 1:
             heapq.heappush(heap, (float(spectra.normalised[name][ranks[name] - 1]), name))
     return ranks
@@ -196,7 +222,9 @@ def give_back(spectra: Spectra, ranks: Ranks, count: int, min_ratio: float) -> R
     spare = num_cut(spectra, ranks) - count
     while heap and spare > 0:
         _, name = heapq.heappop(heap)
-        spare -= 1
+        if spectra.count(name) > spare:
+            continue
+        spare -= spectra.count(name)
         full = ranks[name] + 1 == spectra.values[name].numel()
         ranks[name] = None if full else ranks[name] + 1
         following = candidate(name)
@@ -267,7 +295,7 @@ def cheapest(spectra: Spectra, share: float, *, unit: str = "parameters") -> Ran
 
     def price_of(name: str, rank: int | None) -> int:
         if unit == "rank":
-            return spectra.values[name].numel() if rank is None else rank
+            return spectra.count(name) * (spectra.values[name].numel() if rank is None else rank)
         return spectra.parameters(name, rank)
 
     allowed = share * sum(price_of(name, None) for name in spectra.values)

@@ -18,6 +18,14 @@ def text(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def mixture(once, stories) -> Path:
+    """Return the folder of a Mixtral of two layers and four experts that has learned made stories."""
+    import made_model
+
+    return once("mixture", lambda folder: made_model.write_mixture(folder, stories))
+
+
 @pytest.fixture(autouse=True)
 def speed_of_few_passes(monkeypatch):
     """The speed that is printed is not tested, and takes no seconds."""

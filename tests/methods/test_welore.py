@@ -126,6 +126,6 @@ def test_describes_what_it_aims_at():
     assert methods.get("welore").Config().damping == DAMPING
     method = methods.get("welore")
     assert method(method.Config(rank=50)).target == "50 % of the singular values cut"
-    assert method(method.Config()).target == "80 % of the linears' parameters kept"
+    assert method(method.Config()).target == "80 % of the matrices' parameters kept"
     assert method(method.Config(rank=50)).allocation == "welore"
     assert method(method.Config(param_budget=0.6)).allocation == "budget"

@@ -159,5 +159,73 @@ def test_uniform_for_parameters_takes_the_largest_rank_that_fits():
 
 
 def test_refuses_values_of_another_shape():
-    with pytest.raises(ValueError, match="5 singular values for a, which is 4 x 9"):
+    with pytest.raises(ValueError, match=r"singular values of \(5,\) for a, which is 4 x 9"):
         rs.Spectra({"a": torch.ones(5)}, {"a": (4, 9)})
+
+
+RULES = {
+    "welore": lambda spectra: rs.welore(spectra, 0.4, min_ratio=0.0),
+    "all": lambda spectra: rs.welore(spectra, 0.4, min_ratio=0.0, counting="all"),
+    "uniform": lambda spectra: rs.uniform(spectra, 0.4),
+    "energy": lambda spectra: rs.energy(spectra, 0.4, spectra.rank_reduction),
+    "budget": lambda spectra: rs.cheapest(spectra, 0.7),
+    "budget of rank": lambda spectra: rs.cheapest(spectra, 0.6, unit="rank"),
+    "welore for a budget": lambda spectra: rs.welore_for_parameters(spectra, 0.7, min_ratio=0.0),
+    "uniform for a budget": lambda spectra: rs.uniform_for_parameters(spectra, 0.7),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_expert_is_a_matrix(rule):
+    plain = random_spectra(3, count=8)
+    one = rs.Spectra({n: v[None] for n, v in plain.values.items()}, {n: (1, *s) for n, s in plain.shapes.items()})
+    assert RULES[rule](one) == RULES[rule](plain)
+    assert one.rank_reduction(RULES[rule](one)) == plain.rank_reduction(RULES[rule](plain))
+
+
+def experts(seed: int) -> tuple[rs.Spectra, dict[str, torch.Tensor]]:
+    """A matrix and two stacks; their values as they are."""
+    generator = np.random.default_rng(seed)
+    shapes = {"a": (6, 9), "b": (3, 8, 8), "c": (2, 12, 5)}
+    values = {
+        n: torch.tensor(np.sort(generator.random((*s[:-2], min(s[-2:]))) ** 2)[..., ::-1].copy())
+        for n, s in shapes.items()
+    }
+    return rs.Spectra(values, shapes), values
+
+
+@pytest.mark.parametrize("unit", ["parameters", "rank"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.85, 0.6, 0.35])
+def test_budgeted_ranks_of_experts_are_near_the_best_of_all(seed, share, unit):
+    spectra, values = experts(seed)
+
+    def used(ranks: rs.Ranks) -> float:
+        """Written out: every expert of a stack has the same rank."""
+        if unit == "rank":
+            kept = sum(v[..., : ranks[n]].numel() if ranks[n] else v.numel() for n, v in values.items())
+            return kept / sum(v.numel() for v in values.values())
+        sizes = {"a": (1, 6, 9), "b": (3, 8, 8), "c": (2, 12, 5)}
+        kept = sum(e * (r * (m + n) if (r := ranks[name]) else m * n) for name, (e, m, n) in sizes.items())
+        return kept / sum(e * m * n for e, m, n in sizes.values())
+
+    def error(ranks: rs.Ranks) -> float:
+        return sum(float(v[..., ranks[n] :].square().sum()) for n, v in values.items() if ranks[n])
+
+    ranks = rs.cheapest(spectra, share, unit=unit)
+    assert used(ranks) == pytest.approx(
+        spectra.parameter_share(ranks) if unit == "parameters" else 1 - spectra.rank_reduction(ranks)
+    )
+    assert used(ranks) <= share + 1e-12
+    choices = [[None, *range(1, v.shape[-1] + 1)] for v in values.values()]
+    every = (dict(zip(values, c, strict=True)) for c in itertools.product(*choices))
+    allowed = [r for r in every if all(r[n] is None or spectra.fits(n, r[n]) for n in r) and used(r) <= share]
+    # between the corners of the convex hull it may miss by a step of a stack
+    assert error(ranks) <= min(map(error, allowed)) * 1.6 + 0.1
+
+
+def test_coordinates_of_other_rows_are_for_matrices_alone():
+    spectra = rs.Spectra({}, {"a": (6, 9), "b": (3, 8, 8)}, pifa=True)
+    assert spectra.parameters("a", 2) == 2 * (6 + 9 - 2)
+    assert spectra.parameters("b", 2) == 3 * 2 * (8 + 8)
+    assert spectra.parameters("b", None) == 3 * 64
