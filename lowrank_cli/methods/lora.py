@@ -15,6 +15,7 @@ from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import nn
@@ -45,14 +46,17 @@ class LoRA(Method):
 
     def wrap(self, model: nn.Module) -> None:
         from lowrank_cli.models import adapters
+        from lowrank_cli.models.adapted import adapted
 
-        adapters.inject(model, self.peft_config(model))
+        why_not = adapters.why_not(model, dora=self.dora, dropout=self.config.dropout)
+        weights = adapted(model, self.config.target_modules, self.title, why_not)
+        adapters.inject(model, self.peft_config(model, weights), weights)
 
-    def peft_config(self, model: nn.Module):
-        """PEFT's configuration of this adapter for a model."""
+    def peft_config(self, model: nn.Module, weights: Iterable[str]):
+        """PEFT's configuration of this adapter for weights of a model."""
         from peft import LoraConfig
 
-        from lowrank_cli.models.targets import named_targets
+        from lowrank_cli.models.adapters import target_names
 
         return LoraConfig(
             r=self.config.rank,
@@ -60,7 +64,7 @@ class LoRA(Method):
             lora_dropout=self.config.dropout,
             use_rslora=self.config.rslora,
             use_dora=self.dora,
-            target_modules=named_targets(model, self.config.target_modules),
+            **target_names(model, weights),
             fan_in_fan_out=_is_transposed(model),
             task_type="SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM",
         )
