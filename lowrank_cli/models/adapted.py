@@ -45,13 +45,17 @@ def adapted(model: nn.Module, text: str, title: str, why_not: WhyNot) -> dict[st
                 f"{title} adapts nothing that '{pattern}' names: {left[named[0]]}",
                 f"name others: {', '.join(last_parts(others))}",
             )
+    kept = {name: weight for name, weight in chosen.items() if name not in left}
     sizes = {row.name: _size(row.module, row.weight) for row in table(model) if not row.why}
     for why in dict.fromkeys(left.values()):
         names = [name for name in left if left[name] == why]
         share = 100 * sum(sizes.get(name, 0) for name in names) / sum(sizes.values())
-        what = f"{len(names)} {'tensors of experts' if chosen[names[0]].dim() == 3 else 'linears'}"
-        console.note(f"{title} leaves {what} ({share:.3g} % of the layers' parameters) as they are: {why}")
-    return {name: weight for name, weight in chosen.items() if name not in left}
+        console.note(
+            f"{title} leaves {_counted(chosen, names)} ({share:.3g} % of the layers' parameters) as they are: {why}"
+        )
+    if any(weight.dim() == 3 for weight in kept.values()):
+        console.note(f"{title} adapts {_counted(chosen, kept)}")
+    return kept
 
 
 def linears_of(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.Module]:
@@ -86,6 +90,13 @@ def _taken_out(kind: type[nn.Module]) -> set[str]:
     parts = {node.value for node in used if isinstance(node, (ast.Attribute, ast.Subscript))}
     weights = {n.value for n in used if isinstance(n, ast.Attribute) and n.attr == "weight" and n not in parts}
     return {n.attr for n in weights if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
+
+
+def _counted(weights: dict[str, Tensor], names: Iterable[str]) -> str:
+    """Return how many linears and tensors of experts there are among the names."""
+    experts = [weights[name].dim() == 3 for name in names]
+    counts = {"linears": experts.count(False), "tensors of experts": experts.count(True)}
+    return " and ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _size(module: nn.Module, weight: Tensor) -> int:
