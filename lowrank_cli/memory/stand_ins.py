@@ -108,17 +108,19 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Rows (N, k) times the matrices (E, k, n) of their experts; keeps both."""
+    """Rows (N, k) times the matrices (E, k, n) of their experts; keeps of each what the other's gradient takes."""
 
     @staticmethod
     def forward(ctx, rows, matrices):
-        ctx.save_for_backward(rows, matrices)
+        of_rows, of_matrices = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_matrices else None, matrices if of_rows else None)
+        ctx.shapes = rows.shape, matrices.shape
         return rows.new_empty(rows.shape[0], matrices.shape[-1])
 
     @staticmethod
     def backward(ctx, grad):
-        rows, matrices = ctx.saved_tensors
-        return torch.empty_like(rows), torch.empty_like(matrices)
+        pairs = zip(ctx.needs_input_grad, ctx.shapes, strict=True)
+        return tuple(grad.new_empty(shape) if needed else None for needed, shape in pairs)
 
 
 def fused_adamw_(optimizer: torch.optim.Optimizer) -> None:
