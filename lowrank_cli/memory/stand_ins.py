@@ -46,8 +46,8 @@ class RealKernels(TorchFunctionMode):
         attention, dropout, _, begin, is_enabled = (function for _, _, function in self._replaced)
 
         def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
-            if dropout_p and not self.on_cuda:
-                # the CPU has no fused attention with dropout: the matrix of weights is there
+            if not self.on_cuda and (dropout_p or query.shape[-1] != value.shape[-1]):
+                # the CPU has no fused attention with dropout or values of another size: the weights' matrix is there
                 return attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 # the kernels add a mask

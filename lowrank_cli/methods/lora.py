@@ -4,6 +4,8 @@
 
 Only A and B train. Hu et al., arXiv:2106.09685. The layer is PEFT's; what this file adds is the choice of targets,
 the optimizer's groups and the files. A and B are ordinary linears, so GaLore and VeLoRA act on them like on any other.
+Those of experts, (rank x experts, n) and (m, rank x experts), are the factors of a tensor's update: each is projected
+as one matrix, and no text goes through them.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 TARGETS = (
-    "linears to adapt: all-linear (of the layers, never the head), or comma-separated parts of names such as "
-    "q_proj,v_proj"
+    "matrices to adapt: all-linear (of the layers, experts too, never the head), or comma-separated parts of names "
+    "such as q_proj,v_proj,experts"
 )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from made_text import articles
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from watched import SEEN, watch
@@ -216,3 +217,17 @@ def test_velora_has_no_input_to_keep_of_the_factors_of_experts():
 def test_factors_of_experts_are_of_the_layers():
     with pytest.raises(UsageError, match="--lr-other is for what trains outside the layers' linears"):
         applied("lora", {"lr_other": 1e-3})
+
+
+def test_a_file_without_some_of_the_adapters_tensors_is_no_adapter(tmp_path):
+    model = tiny("mixtral").float()
+    model.save_pretrained(tmp_path / "base")
+    lora = made("lora")
+    lora.wrap(model)
+    (tmp_path / "adapter").mkdir()
+    lora.save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    file = tmp_path / "adapter" / adapters.WEIGHTS
+    kept = {name: t for name, t in load_file(file).items() if "experts.base_layer" not in name}
+    save_file(kept, file)
+    with pytest.raises(UsageError, match="Found missing adapter keys"):
+        load_weights(place(str(tmp_path / "adapter"), offline=True), torch.float32)
