@@ -46,8 +46,8 @@ class RealKernels(TorchFunctionMode):
         attention, dropout, _, begin, is_enabled = (function for _, _, function in self._replaced)
 
         def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
-            if dropout_p and not self.on_cuda:
-                # the CPU has no fused attention with dropout: the matrix of weights is there
+            if not self.on_cuda and (dropout_p or query.shape[-1] != value.shape[-1]):
+                # the CPU has no fused attention with dropout or values of another size: the weights' matrix is there
                 return attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 # the kernels add a mask
@@ -113,17 +113,19 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Rows (N, k) times the matrices (E, k, n) of their experts; keeps both."""
+    """Rows (N, k) times the matrices (E, k, n) of their experts; keeps of each what the other's gradient takes."""
 
     @staticmethod
     def forward(ctx, rows, matrices):
-        ctx.save_for_backward(rows, matrices)
+        of_rows, of_matrices = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_matrices else None, matrices if of_rows else None)
+        ctx.shapes = rows.shape, matrices.shape
         return rows.new_empty(rows.shape[0], matrices.shape[-1])
 
     @staticmethod
     def backward(ctx, grad):
-        rows, matrices = ctx.saved_tensors
-        return torch.empty_like(rows), torch.empty_like(matrices)
+        pairs = zip(ctx.needs_input_grad, ctx.shapes, strict=True)
+        return tuple(grad.new_empty(shape) if needed else None for needed, shape in pairs)
 
 
 def fused_adamw_(optimizer: torch.optim.Optimizer) -> None:

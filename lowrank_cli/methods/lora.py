@@ -4,6 +4,8 @@
 
 Only A and B train. Hu et al., arXiv:2106.09685. The layer is PEFT's; what this file adds is the choice of targets,
 the optimizer's groups and the files. A and B are ordinary linears, so GaLore and VeLoRA act on them like on any other.
+Those of experts, (rank x experts, n) and (m, rank x experts), are the factors of a tensor's update: each is projected
+as one matrix, and no text goes through them.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from lowrank_cli.fields import option
 from lowrank_cli.methods.base import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import nn
 
 TARGETS = (
-    "linears to adapt: all-linear (of the layers, never the head), or comma-separated parts of names such as "
-    "q_proj,v_proj"
+    "matrices to adapt: all-linear (of the layers, experts too, never the head), or comma-separated parts of names "
+    "such as q_proj,v_proj,experts"
 )
 
 
@@ -45,14 +48,17 @@ class LoRA(Method):
 
     def wrap(self, model: nn.Module) -> None:
         from lowrank_cli.models import adapters
+        from lowrank_cli.models.adapted import adapted
 
-        adapters.inject(model, self.peft_config(model))
+        why_not = adapters.why_not(model, dora=self.dora, dropout=self.config.dropout)
+        weights = adapted(model, self.config.target_modules, self.title, why_not)
+        adapters.inject(model, self.peft_config(model, weights), weights)
 
-    def peft_config(self, model: nn.Module):
-        """PEFT's configuration of this adapter for a model."""
+    def peft_config(self, model: nn.Module, weights: Iterable[str]):
+        """PEFT's configuration of this adapter for weights of a model."""
         from peft import LoraConfig
 
-        from lowrank_cli.models.targets import named_targets
+        from lowrank_cli.models.adapters import target_names
 
         return LoraConfig(
             r=self.config.rank,
@@ -60,7 +66,7 @@ class LoRA(Method):
             lora_dropout=self.config.dropout,
             use_rslora=self.config.rslora,
             use_dora=self.dora,
-            target_modules=named_targets(model, self.config.target_modules),
+            **target_names(model, weights),
             fan_in_fan_out=_is_transposed(model),
             task_type="SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM",
         )
@@ -78,7 +84,7 @@ class LoRA(Method):
     def treated(self, model: nn.Module, groups: list[dict]) -> set[str]:
         from lowrank_cli.models import adapters
 
-        return {f"{name}.weight" for name in adapters.layers(model)}
+        return {adapters.weight_of(name, layer) for name, layer in adapters.layers(model).items()}
 
     def merge(self, model: nn.Module) -> None:
         from lowrank_cli.models import adapters

@@ -327,8 +327,9 @@ def _merged(net: PreTrainedModel, source: Source) -> PreTrainedModel:
             # the adapter was trained with tokens of its own
             net.resize_token_embeddings(rows, mean_resizing=False)
         with warnings.catch_warnings(), apart(net):
-            # what PEFT warns of is done here
+            # what PEFT warns of is done here, but for this: what the file has is for other modules
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", "Found missing adapter keys")
             merged = foreign.from_pretrained(PeftModel, net, model_id=source.adapter).merge_and_unload()
     return merged.requires_grad_(True)
 

@@ -1,6 +1,6 @@
 """The table of a model's matrices, by structure and not by names, and the choice of those that a method acts on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -113,8 +113,14 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
     Those are nn.Linear and the Conv1D of GPT-2; never one of a vision tower.
     """
-    outside = outside_text(model)
+    outside = outside_text(model) | _of_tensors(model)
     return {name: m for name, m in model.named_modules() if is_linear(m) and m not in outside}
+
+
+def _of_tensors(model: nn.Module) -> set[nn.Module]:
+    """Return the halves of PEFT's adapters of whole tensors: they are multiplied with each other, not with text."""
+    wrappers = [m for m in model.modules() if type(m).__name__ == "ParamWrapper"]
+    return {half for wrapper in wrappers for part in (wrapper.lora_A, wrapper.lora_B) for half in part.values()}
 
 
 def select(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -163,13 +169,13 @@ def _chosen(model: nn.Module, found: dict, targets: dict, patterns: Sequence[str
     if not patterns:
         raise UsageError("no target pattern was given", f"name the linears; {_listing(found)}")
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in found):
-            close = get_close_matches(pattern, _last_parts(found), n=1, cutoff=0.5)
+        if not any(matches(name, pattern) for name in found):
+            close = get_close_matches(pattern, last_parts(found), n=1, cutoff=0.5)
             did_you_mean = f"did you mean '{close[0]}'? " if close else ""
             raise UsageError(
                 f"target pattern '{pattern}' matches no linear of the model", did_you_mean + _listing(found)
             )
-    return {name: value for name, value in found.items() if any(_matches(name, p) for p in patterns)}
+    return {name: value for name, value in found.items() if any(matches(name, p) for p in patterns)}
 
 
 def _is_head(model: nn.Module, name: str) -> bool:
@@ -187,30 +193,17 @@ def parse(text: str) -> list[str] | None:
     return None if text.strip() == ALL_LINEAR else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def named_targets(model: nn.Module, text: str) -> list[str]:
-    """The names that make PEFT adapt exactly the linears that a setting chooses: short ones where those are enough.
-
-    Args:
-        model: any model.
-        text: all-linear, or comma-separated patterns as `select` takes.
-    Raises:
-        UsageError: as `select`.
-    """
-    chosen = set(select(model, parse(text)))
-    short = sorted({name.rpartition(".")[2] for name in chosen})
-    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
-    return short if matched == chosen else sorted(chosen)
-
-
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern, as `select` takes, means a weight or a linear of a name."""
     if any(c in pattern for c in "*?["):
         return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
     return bool(pattern) and pattern in name
 
 
-def _last_parts(found: dict) -> list[str]:
+def last_parts(found: Iterable[str]) -> list[str]:
+    """Return the last parts of the names of linears, weights or tensors of experts, in order."""
     return sorted({name.removesuffix(".weight").rpartition(".")[2] for name in found})
 
 
 def _listing(found: dict) -> str:
-    return f"linears of this model: {', '.join(_last_parts(found)) or 'none'}"
+    return f"linears of this model: {', '.join(last_parts(found)) or 'none'}"

@@ -19,7 +19,8 @@ def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Met
     parts = [methods.get(name)(part) for name, part in config.methods.items()]
     rate = config.optim.lr_other
     # before a method wraps them, by the names that the model gives them
-    inside = tuple(name.removesuffix("weight") for name in matrices(model, None)) if rate is not None else ()
+    # their modules: an adapter of experts is beside their tensors, not below them
+    inside = tuple(f"{name.rpartition('.')[0]}." for name in matrices(model, None)) if rate is not None else ()
     for part in parts:
         part.command = config.command
         part.wrap(model)

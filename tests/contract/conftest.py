@@ -45,6 +45,13 @@ class Subject:
         """Whether it fine-tunes what `lowrank compress` has made."""
         return any("compress" in part.commands for part in self.parts)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether it trains an adapter beside a frozen base."""
+        return self.command == "finetune" and any(
+            part.adapter or "adapter_rank" in {f.name for f in fields(part.Config)} for part in self.parts
+        )
+
     def has(self, setting: str) -> bool:
         """Whether one of the methods has a setting."""
         return any(f.name == setting for part in self.parts for f in fields(part.Config))
@@ -133,13 +140,14 @@ OF_EXPERTS = {
     "test_other_rules",
     "test_resumed_in_the_middle_of_a_gap",
     "test_estimate_is_what_the_optimizer_holds",
+    "test_what_is_written_computes_what_was_trained",
 }
 
 
 def with_experts(subjects: list) -> list:
-    """Return the methods that train whole models, on a mixture of experts."""
+    """Return the methods that train whole models or adapters, on a mixture of experts."""
     single = [replace(p.values[0], experts=True) for p in subjects if len(p.values[0].parts) == 1]
-    return [pytest.param(s, id=str(s)) for s in single if s.command == "pretrain"]
+    return [pytest.param(s, id=str(s)) for s in single if s.command == "pretrain" or s.adapts]
 
 
 def pytest_generate_tests(metafunc):
@@ -147,9 +155,9 @@ def pytest_generate_tests(metafunc):
         subjects = found()
         if metafunc.function.__name__ in OF_EXPERTS:
             more = with_experts(subjects)
-            # one mode in every run of the suite
+            # one mode of what trains whole models in every run of the suite
             quick = metafunc.function.__name__ == "test_accumulation_of_ragged_rows"
-            subjects += more if quick else map(slow, more)
+            subjects += [p if quick and not p.values[0].adapts else slow(p) for p in more]
         if metafunc.function.__name__ not in OF_PAIRS:
             subjects = [param for param in subjects if len(param.values[0].parts) == 1]
         if metafunc.function.__name__ in OF_THE_OPTIMIZER:
@@ -240,6 +248,19 @@ def trained_base(once, news, tiny_config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def experts_base(once, news, experts_config) -> Path:
+    """Return the folder of a tiny mixture of experts that was trained for a moment."""
+    from lowrank_cli.main import main
+
+    def write(folder: Path) -> None:
+        flags = ["--dataset", news, "--model-config", experts_config, "--vocab-size", 512, "--max-length", 64]
+        more = ["--no-plots", "--max-steps", 4, "--eval-tokens", 200, "--out", folder, "--quiet"]
+        assert main(["pretrain", *map(str, [*flags, *more])]) == 0
+
+    return once("contract-experts", write) / "model"
+
+
+@pytest.fixture(scope="session")
 def compressed_base(once, trained_base) -> Path:
     """Return that model as `lowrank compress` leaves it."""
     from lowrank_cli.main import main
@@ -266,7 +287,8 @@ def command_line(request, news, tiny_config, experts_config, records) -> Callabl
             config = experts_config if subject.experts else tiny_config
             more = ["--dataset", news, "--model-config", config, "--vocab-size", 512]
         else:
-            base = request.getfixturevalue("compressed_base" if subject.compresses else "trained_base")
+            kind = "compressed" if subject.compresses else "experts" if subject.experts else "trained"
+            base = request.getfixturevalue(f"{kind}_base")
             more = [
                 "--dataset",
                 records,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, DeepseekV3Config, GPT2Config, LlamaConfig, MixtralConfig
 
 from lowrank_cli import memory
 from lowrank_cli.errors import LowrankError
@@ -32,6 +32,11 @@ PRETRAINING = {
     "gradnormlorp, in backward": {"method": "gradnormlorp", "gradnormlorp": {"in_backward": True}},
     "padded": {"method": "full", "packing": "padded"},
 }
+EXPERTS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "num_local_experts": 8, "vocab_size": 500}  # fmt: skip
+LATENT = {"num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1,
+          "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "kv_lora_rank": 16,
+          "q_lora_rank": 16, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 16}  # fmt: skip
 FINETUNING = {
     "lora": {"method": "lora"},
     "lora with dropout": {"method": "lora", "lora": {"dropout": 0.1}},
@@ -150,8 +155,13 @@ def test_estimates_adapters_on_larger_models(model, name, checkpointing, pretrai
             ),
             {"method": "galore"},
         ),
+        # experts with an adapter, and without one beside adapted linears
+        (MixtralConfig(**EXPERTS), {"method": "lora"}),
+        (MixtralConfig(**EXPERTS), {"method": "dora"}),
+        # values of another size than keys, which the CPU's fused kernel does not take
+        (DeepseekV3Config(**EXPERTS | LATENT), {"method": "lora"}),
     ],
-    ids=["gpt2", "gpt2 adapter", "bert", "grouped queries"],
+    ids=["gpt2", "gpt2 adapter", "bert", "grouped queries", "adapted experts", "frozen experts", "latent attention"],
 )
 def test_estimates_other_architectures(shape, more, checkpointing, finetuning, measured):
     shape.pad_token_id = 0

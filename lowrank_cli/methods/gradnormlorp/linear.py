@@ -239,16 +239,16 @@ def save(model: nn.Module, folder: Path, base: str) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
+    from lowrank_cli.models.adapted import shortest
+
     found = layers(model)
     first = next(iter(found.values()))
-    short = sorted({name.rpartition(".")[2] for name in found})
-    named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
     config = LoraConfig(
         r=first.rank,
         lora_alpha=first.scaling * first.rank,
         lora_dropout=first.dropout,
         use_dora=True,
-        target_modules=short if named == set(found) else sorted(found),
+        target_modules=shortest(found, (name for name, _ in model.named_modules())),
         fan_in_fan_out=isinstance(first.base_layer, Conv1D),
         base_model_name_or_path=base,
         # what AutoPeftModelForCausalLM asks for

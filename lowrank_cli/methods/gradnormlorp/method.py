@@ -147,11 +147,14 @@ class GradNormLoRP(Method):
         if not self.is_adapter:
             return
         from lowrank_cli.methods.gradnormlorp import linear as weight_norm_linear
-        from lowrank_cli.models.targets import parse, select
+        from lowrank_cli.models.adapted import adapted, linears_of
+        from lowrank_cli.models.adapters import why_not
 
+        # its files are those of PEFT's DoRA
+        weights = adapted(model, self.config.target_modules, self.title, why_not(model, dora=True))
         weight_norm_linear.wrap(
             model,
-            select(model, parse(self.config.target_modules)),
+            linears_of(model, weights),
             rank=self.config.adapter_rank,
             alpha=self.config.adapter_alpha,
             dropout=self.config.adapter_dropout,

@@ -24,6 +24,7 @@ from lowrank_cli import foreign
 from lowrank_cli.errors import MissingError, UsageError
 from lowrank_cli.methods.vblora.bank import pack, unpack
 from lowrank_cli.methods.vblora.layer import ATTRIBUTE, Shape, VectorBank, dtype_of, sizes_of
+from lowrank_cli.models.adapted import shortest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -64,7 +65,7 @@ def save(model: nn.Module, bank: VectorBank, folder: Path, *, base: str, slim: b
         "num_vectors": bank.shape.num_vectors,
         "vector_length": bank.shape.vector_length,
         "topk": bank.shape.topk,
-        "target_modules": target_names(model, bank),
+        "target_modules": shortest(bank.slots, (name for name, _ in model.named_modules())),
         "vblora_dropout": bank.dropout,
         "save_only_topk_weights": slim,
         "fan_in_fan_out": isinstance(linears[0], Conv1D),
@@ -92,13 +93,6 @@ def entries(bank: VectorBank, slim: bool) -> dict[str, Tensor]:
             found[f"{PREFIX}{name}.vblora_logits_A{suffix}"] = a.clone()
             found[f"{PREFIX}{name}.vblora_logits_B{suffix}"] = b.clone(memory_format=torch.contiguous_format)
     return found
-
-
-def target_names(model: nn.Module, bank: VectorBank) -> list[str]:
-    """The last parts of the linears' names, if they mean the same set to PEFT; otherwise the full names."""
-    leaves = {name.rpartition(".")[2] for name in bank.slots}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
-    return sorted(leaves if meant == set(bank.slots) else bank.slots)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

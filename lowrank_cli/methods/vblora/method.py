@@ -92,9 +92,9 @@ class VBLoRA(Method):
 
     def wrap(self, model: nn.Module) -> None:
         from lowrank_cli.methods.vblora.layer import Shape, VectorBank, attach, dtype_of, sizes_of
-        from lowrank_cli.models.targets import parse, select
+        from lowrank_cli.models.adapted import adapted, linears_of
 
-        targets = select(model, parse(self.config.target_modules))
+        targets = linears_of(model, adapted(model, self.config.target_modules, self.title, _why_not))
         sizes = {name: sizes_of(module) for name, module in targets.items()}
         length = self.length_for(sizes)
         model.requires_grad_(False)
@@ -247,3 +247,8 @@ class VBLoRA(Method):
             gradients=4 * size + 4 * factors,
             states=state_bytes(optimizer, shape),
         )
+
+
+def _why_not(name: str, weight: Tensor) -> str:
+    """Return why a weight gets no sub-vectors; empty for a linear's."""
+    return "PEFT has no VB-LoRA for tensors of experts" if weight.dim() == 3 else ""
