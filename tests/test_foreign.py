@@ -41,7 +41,7 @@ COMMANDS = {
     "eval": "eval ppl --dataset t.jsonl --window 32 --max-tokens 100 --model model",
     "finetune": "finetune --task text --dataset t.jsonl --max-length 32 --max-steps 1 --model model",
     "pretrain": "pretrain --dataset t.jsonl --max-length 32 --max-steps 1 --continue-from model",
-    "compress": "compress --dataset t.jsonl --max-length 32 --eval-tokens 100 --model model",
+    "compress": "compress --dataset t.jsonl --max-length 32 --eval-tokens 100 --welore-weighting none --model model",
     "svd-dump": "svd-dump --dataset t.jsonl --max-length 32 --gradients 1 --model model",
 }
 every_command = pytest.mark.parametrize("command", COMMANDS)

@@ -137,7 +137,7 @@ def test_a_float32_model_is_not_rounded_where_computing_is_in_bfloat16(compress,
     monkeypatch.setattr(
         load, "dtype_of", lambda name, device: torch.bfloat16 if name == "auto" else original(name, device)
     )
-    compress("--welore-param-budget 1 --out run")
+    compress("--welore-param-budget 1 --welore-weighting none --out run")
     before, after = load_file(stories / "model.safetensors"), load_file("run/model/model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in after)
 
@@ -148,7 +148,7 @@ def test_keeps_the_dtype_of_the_files_and_counts_bytes_in_it(compress, stories, 
     tokenizer = AutoTokenizer.from_pretrained(stories)
     half.save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
-    result = compress("--welore-param-budget 0.7 --out run --json", model="half")
+    result = compress("--welore-param-budget 0.7 --welore-weighting none --out run --json", model="half")
     assert result["bytes_before"] == 2 * sum(p.numel() for p in half.parameters())
     stored = load_file("run/model/model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
@@ -253,7 +253,7 @@ def test_every_rule_comes_as_near_to_its_ranks_as_single_directions_allow(alloca
 
 def test_nothing_to_cut_changes_nothing(compress, stories):
     for out, more in {"run": "", "pifa": "--welore-allocation welore --welore-pifa --welore-min-ratio 0"}.items():
-        compress(f"--welore-param-budget 1 {more} --out {out}")
+        compress(f"--welore-param-budget 1 --welore-weighting none {more} --out {out}")
         before, after = load_file(stories / "model.safetensors"), load_file(f"{out}/model/model.safetensors")
         assert all(torch.equal(after[name], before[name]) for name in after)
 

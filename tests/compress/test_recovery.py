@@ -32,7 +32,7 @@ def halved(model):
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("more", ["", "--welore-pifa"])
+@pytest.mark.parametrize("more", ["", pytest.param("--welore-pifa", marks=pytest.mark.slow)])
 def test_blocks_that_are_tuned_lose_less_and_all_together_still_less(more, line, lowrank):
     found = {}
     for recover in ("none", "local", "lrc"):
@@ -52,6 +52,7 @@ def test_blocks_that_are_tuned_lose_less_and_all_together_still_less(more, line,
     assert not any(p.grad is not None for p in low.parameters())
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_model(line, lowrank):
     ends = []
     for out in ("one", "two"):

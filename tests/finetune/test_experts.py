@@ -80,7 +80,8 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("base", FAMILIES, indirect=True)
 def test_an_adapter_is_on_what_was_chosen_and_loads_and_merges(base, method, lowrank, text, monkeypatch):
     line = f"finetune --task text --method {method} --max-steps 3 --max-length 64 --batch-size 4 --lr 0.05 --no-plots"
-    line += " --total-batch-size 4 --eval-tokens 200 --no-keep-best --seed 1"
+    # most of these models are experts, which not every method has a form for
+    line += " --total-batch-size 4 --eval-tokens 200 --no-keep-best --seed 1 --allow-partial"
     if method == "gradnormlorp":
         line += " --gradnormlorp-adapter-dropout 0"
     seen: dict = {}

@@ -37,7 +37,7 @@ def line(made: Materials, command: str, changes: dict[str, object] | None = None
     flags: dict[str, object] = {
         "pretrain": {"dataset": made.news, "model-config": made.config, "vocab-size": 512, **training},
         "finetune": {"dataset": made.records, "model": made.model, "template": "plain", **training},
-        "compress": {"model": made.model, "eval-tokens": 0, "out": "run"},
+        "compress": {"model": made.model, "eval-tokens": 0, "welore-weighting": "none", "out": "run"},
         "svd-dump": {"model": made.model, "out": "run"},
         "eval": {"model": made.model, "dataset": made.text, "window": 64, "max-tokens": 200, "out": "run"},
     }[command]
