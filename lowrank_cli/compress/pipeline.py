@@ -56,7 +56,7 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
     config, model, targets = job.config, job.model, job.targets
     result: dict[str, Any] = {
         "method": config.method, "run": str(folder.path), "model": str(folder.model), "weighting": job.weighting,
-        **job.texts,
+        **job.texts, **(job.share.record() if job.share else {}),
     }  # fmt: skip
     stored, computed = stored_dtype(config, model.dtype), model.dtype
     # both measurements are of what is stored

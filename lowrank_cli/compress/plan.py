@@ -7,11 +7,12 @@ from typing import Any
 
 from lowrank_cli import console
 from lowrank_cli.compress.decomposition import HELD, find_targets
-from lowrank_cli.compress.preparation import check_budget, given_spectra, loaded_dtype, outline
+from lowrank_cli.compress.preparation import check_budget, given_spectra, loaded_dtype, outline, reached
 from lowrank_cli.compress.report import by
 from lowrank_cli.config import RunConfig
 from lowrank_cli.models import load as models
 from lowrank_cli.models.layers import layers_of
+from lowrank_cli.models.share import Share
 from lowrank_cli.svd.calibration import groups, moment_bytes
 from lowrank_cli.svd.rank_selection import Spectra
 
@@ -25,12 +26,14 @@ class Plan:
         skipped: why others would not, by name.
         weighting: "none", "input" or "two-sided".
         needs: bytes by what they are for.
+        share: of the layers' parameters that would be compressed.
     """
 
     shapes: dict[str, tuple[int, ...]]
     skipped: dict[str, str]
     weighting: str
     needs: dict[str, int]
+    share: Share | None = None
 
     def show(self) -> None:
         """Print the plan as tables."""
@@ -45,7 +48,9 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """For --json."""
-        return {"linears": self.shapes, "skipped": self.skipped, "weighting": self.weighting, "bytes": self.needs}
+        return {"linears": self.shapes, "skipped": self.skipped, "weighting": self.weighting, "bytes": self.needs} | (
+            self.share.record() if self.share else {}
+        )
 
 
 def plan(config: RunConfig) -> Plan:
@@ -57,13 +62,14 @@ def plan(config: RunConfig) -> Plan:
     if about.merging:
         return Plan({}, {}, "none", needs)
     targets, settings = find_targets(skeleton), about.part.config
+    share = reached(config, skeleton, targets)
     check_budget(about.part, targets.shapes)
     given_spectra(config, targets.shapes)
     if about.weighting != "none":
         passing = settings.samples * about.length * about.architecture.get_text_config().hidden_size * dtype.itemsize
         bounds = Spectra({}, targets.shapes, pifa=settings.pifa, allow_growth=settings.paper)
         needs |= weighted_needs(bounds, about.weighting == "two-sided", passing, len(layers_of(skeleton)))
-    return Plan(targets.shapes, targets.skipped, about.weighting, needs)
+    return Plan(targets.shapes, targets.skipped, about.weighting, needs, share)
 
 
 def weighted_needs(bounds: Spectra, two_sided: bool, passing: int, layers: int) -> dict[str, int]:

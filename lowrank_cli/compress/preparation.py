@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_cli import console, methods
 from lowrank_cli.compress import streaming
@@ -33,7 +33,9 @@ from lowrank_cli.errors import UsageError
 from lowrank_cli.models import load as models
 from lowrank_cli.models.kinds import refuse_kind
 from lowrank_cli.models.lowrank_quantizer import QUANT_METHOD
+from lowrank_cli.models.share import Share, inventory
 from lowrank_cli.models.source import Source, locate
+from lowrank_cli.models.targets import Matrix
 from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.svd.rank_selection import Spectra
 
@@ -61,6 +63,7 @@ class Job:
         other: windows of a text of another kind, that it is measured on too.
         texts: what both texts are, for the record.
         given: singular values that were given, by name.
+        share: of the layers' parameters that is compressed; None if nothing is.
     """
 
     config: RunConfig
@@ -74,6 +77,7 @@ class Job:
     other: list[Tensor] = field(default_factory=list)
     texts: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
+    share: Share | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -164,7 +168,9 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
             check_budget(part, reader.shapes)
             given = given_spectra(config, reader.shapes)
             reader.check()
-            return streaming.Streamed(config, part, reader, values_of(reader), given)
+            skeleton = models.meta(about.architecture)
+            share = reached(config, skeleton, find_targets(skeleton))
+            return streaming.Streamed(config, part, reader, values_of(reader), given, share)
     device = models.device_of(config.common.device)
     model = models.load(
         config.model,
@@ -174,14 +180,31 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
         seed=config.common.seed,
         offline=config.common.offline,
     ).eval()
-    targets = Targets({}, {})
+    targets, share = Targets({}, {}), None
     if not about.merging:
         targets = find_targets(model)
+        share = reached(config, model, targets)
         check_budget(part, targets.shapes)
     given = given_spectra(config, targets.shapes)
-    job = Job(config, part, model, targets, weighting=about.weighting, given=given)
+    job = Job(config, part, model, targets, weighting=about.weighting, given=given, share=share)
     find_texts(job, about)
     return job
+
+
+def reached(config: RunConfig, model: nn.Module, targets: Targets) -> Share:
+    """Say what share of the layers' parameters is compressed.
+
+    Args:
+        config: the settings.
+        model: dense, on the meta device too.
+        targets: found in it.
+    Raises:
+        UsageError: less than half.
+    """
+    names = {name if isinstance(target, Matrix) else f"{name}.weight" for name, target in targets.linears.items()}
+    share = inventory(model).share(names)
+    share.say(config.method, "compresses", check=not config.compress.allow_partial)
+    return share
 
 
 def compressing(config: RunConfig) -> methods.Method:

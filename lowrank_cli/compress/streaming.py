@@ -29,6 +29,7 @@ from lowrank_cli.methods import Method
 from lowrank_cli.models import load as models
 from lowrank_cli.models.lowrank_linear import FORMS
 from lowrank_cli.models.lowrank_quantizer import LowRankConfig
+from lowrank_cli.models.share import Share
 from lowrank_cli.run import RunDir
 from lowrank_cli.strict_json import dumps
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
@@ -50,6 +51,7 @@ class Streamed:
         reader: the model's files.
         values: singular values of its linears.
         given: those to choose ranks by instead, if --spectra gave some.
+        share: of the layers' parameters that is compressed.
     """
 
     config: RunConfig
@@ -57,6 +59,7 @@ class Streamed:
     reader: Reader
     values: dict[str, Tensor]
     given: dict[str, Tensor]
+    share: Share
 
 
 def run(job: Streamed, folder: RunDir) -> dict[str, Any]:
@@ -70,7 +73,8 @@ def run(job: Streamed, folder: RunDir) -> dict[str, Any]:
     rows = report.rows(Targets({}, {}), ranks, plain, own)
     result = {
         "method": job.config.method, "run": str(folder.path), "model": str(folder.model), "weighting": "none",
-        "calibration_text": None, "evaluation_text": None, **report.about(job.part, plain, ranks),
+        "calibration_text": None, "evaluation_text": None, **job.share.record(),
+        **report.about(job.part, plain, ranks),
     }  # fmt: skip
     details = report.details(result)
     config = models.config_of(job.config.model, offline=job.config.common.offline)

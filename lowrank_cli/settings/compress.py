@@ -27,6 +27,7 @@ class CompressConfig:
         "train back what was lost, against the dense model: local, block after block; lrc, then all blocks together",
         choices=("none", "local", "lrc"),
     )
+    allow_partial: bool = option(False, "compress also where less than half of the layers' parameters can be")
     plots: bool = option(True, "draw the map of ranks as plots/*.png")
 
 

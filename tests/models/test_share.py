@@ -82,3 +82,22 @@ def test_an_inventory_has_the_parameters_of_the_layers(model_type):
 
 def test_a_share_of_nothing_is_none():
     assert Inventory({}, {}).share(()).treated == 1
+
+
+@pytest.mark.parametrize("more", ["", "--dry-run"])
+def test_a_compression_says_what_share_it_is_of(more, tmp_path, lowrank):
+    model = tiny("mixtral")
+    model.float().save_pretrained("model")
+    line = f"compress --model model --welore-weighting none --eval-tokens 0 --no-plots --json {more} --out"
+    code, out, err = lowrank(f"{line} run")
+    assert code == 0, err
+    share = counted(model, r"layers.*_proj") / counted(model, r"layers\.")
+    assert json.loads(out)["treated_share"] == pytest.approx(share)
+    assert f"welore compresses {share:.1%} of the layers' parameters" in err
+    tiny("mamba", conv_kernel=512).float().save_pretrained("convolved")
+    line = line.replace("--model model", "--model convolved")
+    code, _, err = lowrank(f"{line} other")
+    assert code == 2
+    assert "welore compresses only" in err
+    code, _, err = lowrank(f"{line} other --allow-partial")
+    assert code == 0, err
