@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lowrank_cli import console
 from lowrank_cli.errors import UsageError
 from lowrank_cli.models.lowrank_experts import LowRankStack
-from lowrank_cli.models.targets import ALL_LINEAR, last_parts, matches, matrices, parse, table
+from lowrank_cli.models.share import inventory
+from lowrank_cli.models.targets import ALL_LINEAR, last_parts, matches, matrices, parse
 
 # the reason for which a method has no adapter for a weight of a name; empty if it has one
 WhyNot = Callable[[str, Tensor], str]
@@ -50,7 +51,7 @@ def adapted(model: nn.Module, text: str, title: str, why_not: WhyNot) -> dict[st
                 f"name others: {', '.join(last_parts(others))}",
             )
     kept = {name: weight for name, weight in chosen.items() if name not in left}
-    sizes = {row.name: _size(row.module, row.weight) for row in table(model) if not row.why}
+    sizes = inventory(model).sizes
     for why in dict.fromkeys(left.values()):
         names = [name for name in left if left[name] == why]
         share = 100 * sum(sizes.get(name, 0) for name in names) / sum(sizes.values())
@@ -101,8 +102,3 @@ def _counted(weights: dict[str, Tensor], names: Iterable[str]) -> str:
     experts = [weights[name].dim() == 3 for name in names]
     counts = {"linears": experts.count(False), "tensors of experts": experts.count(True)}
     return " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-
-
-def _size(module: nn.Module, weight: Tensor) -> int:
-    """Return the elements of a weight, which 4 bits keep in half as many bytes."""
-    return module.in_features * module.out_features if isinstance(module, nn.Linear) else weight.numel()
