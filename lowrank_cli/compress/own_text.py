@@ -1,8 +1,8 @@
 """Text that a model writes itself: what it is calibrated on where no other text is given.
 
-It is sampled from the model at temperature 1, from the token that begins a text, so it is of the very kind that the
-model has learned; with that there is no text to look for and none that is of another kind (LLM-QAT, arXiv:2305.17888,
-sec. 3.1, generates the data for quantization so).
+It is sampled from the model, from the token that begins a text: half of it at temperature 1, so of the very kind that
+the model has learned (LLM-QAT, arXiv:2305.17888, sec. 3.1, generates the data for quantization so), half at 2, where
+the model is less sure of itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 # sequences that are written together: enough to fill the products, and a cache that fits beside the model
 BATCH = 32
+# half of the text is what the model would say: of that alone it is so sure that gradients say little of most weights
+TEMPERATURES = (1.0, 2.0)
 FILE = "windows.safetensors"
 # what the cached windows depend on besides the weights; a new number makes them anew
-VERSION = 2
+VERSION = 3
 
 
 def own_windows(model: PreTrainedModel, *, length: int, count: int, seed: int, flag: str) -> list[Tensor]:
@@ -66,7 +68,12 @@ def own_windows(model: PreTrainedModel, *, length: int, count: int, seed: int, f
 
 def write(model: PreTrainedModel, length: int, count: int, seed: int) -> Tensor:
     """Sample (count, length) tokens, int32; a text that ends within a window is followed by the next one."""
-    batches = [min(BATCH, count - done) for done in range(0, count, BATCH)]
+    halves = (count - count // 2, count // 2)
+    batches = [
+        (min(BATCH, part - done), temperature)
+        for part, temperature in zip(halves, TEMPERATURES, strict=True)
+        for done in range(0, part, BATCH)
+    ]
     first = _first_token(model)
     devices = [model.device] if model.device.type == "cuda" else []
     written = []
@@ -78,7 +85,7 @@ def write(model: PreTrainedModel, length: int, count: int, seed: int) -> Tensor:
         torch.inference_mode(),
     ):
         torch.manual_seed(seed)
-        for rows in batches:
+        for rows, temperature in batches:
             start = (
                 torch.full((rows, 1), first)
                 if first is not None
@@ -88,7 +95,7 @@ def write(model: PreTrainedModel, length: int, count: int, seed: int) -> Tensor:
                 start,
                 attention_mask=torch.ones_like(start),
                 stopping_criteria=StoppingCriteriaList([_Told(advance)]),
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, use_cache=True,
+                do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=length - 1, use_cache=True,
                 pad_token_id=0,
             )  # fmt: skip
             written.append(ids.cpu().int())

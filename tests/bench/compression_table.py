@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from lowrank_cli import console
 from lowrank_cli.compress.own_text import own_windows
-from lowrank_cli.compress.text import OWN
+from lowrank_cli.compress.text import OWN, windows
 from lowrank_cli.data.tokenizer import named_tokenizer
 from lowrank_cli.models.load import load_weights
 from lowrank_cli.models.lowrank_linear import shape_of, weight_of
 from lowrank_cli.models.source import place
 from lowrank_cli.models.targets import select
+from lowrank_cli.settings.training import DataConfig
 from lowrank_cli.svd import calibration, rank_selection
 from lowrank_cli.svd.spectrum import DAMPING, Decomposition, decompose
 
@@ -123,6 +124,9 @@ class Table:
         if text.name == OWN:
             rows = own_windows(self.model, length=512, count=count, seed=0, flag="--calibrate")
             return [row[None] for row in rows]
+        if not text.exists():
+            given = {"length": 512, "count": count, "offline": True, "flag": "--calibrate", "whole": False}
+            return [row[None] for row in windows(DataConfig(dataset=str(text)), "train", self.tokenizer, **given)]
         return list(calibration.windows_of(self.tokens(text), 512, count))
 
     @torch.no_grad()
@@ -203,7 +207,7 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help=".txt, .gz of text, .json(.gz) lines, or self, which the model writes; in equal parts",
+        help=".txt, .gz of text, .json(.gz) lines, stdlib, or self, which the model writes; in equal parts",
     )
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,6 +1,6 @@
 """Every job on a tiny model of each family, through the commands: what docs/models.md says, and how it is written.
 
-python tests/models/jobs.py     # writes the table anew
+python tests/assets/jobs.py     # writes the table anew
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "assets")]
+sys.path[:0] = [str(Path(__file__).parent)]
 
 from made_text import articles  # noqa: E402
 from tiny_models import CONFIGS  # noqa: E402
@@ -29,7 +29,7 @@ from lowrank_cli import console  # noqa: E402
 from lowrank_cli.main import main  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
-BEGIN, END = "<!-- written by tests/models/jobs.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- written by tests/assets/jobs.py -->\n", "<!-- end -->\n"
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "cohere2", "olmo3", "glm4",
     "smollm3",
