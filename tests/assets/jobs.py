@@ -10,7 +10,6 @@ import io
 import json
 import os
 import shlex
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,15 +17,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(Path(__file__).parent)]
+from made_text import articles
+from tiny_models import CONFIGS
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from watched import SEEN, setter, watch
 
-from made_text import articles  # noqa: E402
-from tiny_models import CONFIGS  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from watched import SEEN, setter, watch  # noqa: E402
-
-from lowrank_cli import console  # noqa: E402
-from lowrank_cli.main import main  # noqa: E402
+from lowrank_cli import console
+from lowrank_cli.main import main
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- written by tests/assets/jobs.py -->\n", "<!-- end -->\n"
