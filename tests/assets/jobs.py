@@ -15,8 +15,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).parent.parent.parent
 from made_text import articles
 from tiny_models import CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +23,7 @@ from watched import SEEN, setter, watch
 from lowrank_cli import console
 from lowrank_cli.main import main
 
+ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- written by tests/assets/jobs.py -->\n", "<!-- end -->\n"
 FAMILIES = (
