@@ -16,6 +16,8 @@ from lowrank_cli.models.targets import is_linear, out_features, table
 
 # a run that asks for every matrix and reaches less than this of the layers is not what was asked for
 ENOUGH = 0.5
+# less would be shown as nothing
+SHOWN = 0.0005
 VECTORS, OTHERS, FROZEN = "norms and biases", "other matrices", "frozen"
 
 
@@ -59,7 +61,7 @@ class Share:
     left: Mapping[str, float]
 
     def __str__(self) -> str:
-        left = ", ".join(f"{why} {part:.1%}" for why, part in self.left.items())
+        left = ", ".join(f"{why} {part:.1%}" for why, part in self.left.items() if part >= SHOWN)
         return f"{self.treated:.1%} of the layers' parameters" + (f" (not: {left})" if left else "")
 
     def record(self) -> dict[str, Any]:
