@@ -12,6 +12,7 @@ product by two small ones. Whatever else is done with it is done with the whole 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -26,29 +27,29 @@ GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED_ROW = 16
 
 
-class StandIn:
+class StandIn(ABC):
     """A StandIn is multiplied by in the place of a matrix (m, n), or of a stack of them (E, m, n)."""
 
+    @abstractmethod
     def whole(self) -> Tensor:
         """Return the tensor that it stands for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def picked(self, index: Any) -> StandIn:
         """Return what stands for some of a stack's matrices: an index of its first dimension."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flipped(self) -> StandIn:
         """Return what stands for the transposed matrices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, func, place: int, args: tuple, kwargs: dict) -> Tensor:
         """Return what a function of `PRODUCTS` gives; `place` is this object's among its two factors."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def shape(self) -> torch.Size:
         """The tensor's, as is what follows."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:

@@ -18,8 +18,8 @@ def apply_methods(config: RunConfig, model: nn.Module) -> tuple[list[methods.Met
     """The chosen methods, which have changed the model in place, and the parameter groups that they have tagged."""
     parts = [methods.get(name)(part) for name, part in config.methods.items()]
     rate = config.optim.lr_other
-    # before a method wraps them, by the names that the model gives them
-    # their modules: an adapter of experts is beside their tensors, not below them
+    # before a method wraps them, by the names that the model gives their modules: an adapter of experts is
+    # beside their tensors and not below them
     inside = tuple(f"{name.rpartition('.')[0]}." for name in matrices(model, None)) if rate is not None else ()
     for part in parts:
         part.command = config.command
