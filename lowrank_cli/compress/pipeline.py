@@ -24,16 +24,14 @@ from lowrank_cli.compress.preparation import Job, stored_dtype
 from lowrank_cli.compress.progress import progress
 from lowrank_cli.compress.recovery import Recovery
 from lowrank_cli.compress.svd_dump import cached_values
-from lowrank_cli.errors import LowrankError, UsageError
+from lowrank_cli.errors import LowrankError
 from lowrank_cli.evaluate.scoring import not_numbers
 from lowrank_cli.measure.perplexity import perplexity
 from lowrank_cli.models.lowrank_linear import LowRankLinear, low_rank_linears, replace, replace_linear, weight_of
 from lowrank_cli.models.lowrank_quantizer import densify, mark
 from lowrank_cli.ops.finite import first_non_finite
 from lowrank_cli.run import RunDir
-from lowrank_cli.svd import layerwise
 from lowrank_cli.svd.rank_selection import Ranks, Spectra
-from lowrank_cli.svd.shelf import Shelf
 from lowrank_cli.svd.spectrum import decompose
 
 if TYPE_CHECKING:
@@ -73,14 +71,17 @@ def run(job: Job | streaming.Streamed, folder: RunDir) -> dict[str, Any]:
             report.check(job.part, plain, ranks)
             rows = report.rows(targets, ranks, plain, weighted)
             result |= report.about(job.part, plain, ranks)
-            recovery = recovery_of(job, store.shelf)
+            recovery = None
+            if job.chain is not None:
+                recovery = Recovery(job.chain, job.calibration, store.shelf, config.common.seed)
             teacher = copy.deepcopy(model) if config.compress.recover == "lrc" else None
             if recovery is not None:
                 recovery.remember()
             factor(model, targets, ranks, store, "pifa" if plain.pifa and recovery is None else "factored")
             if recovery is not None:
                 result |= recovery.recover(teacher)
-                pivot(model, plain.pifa)
+                if plain.pifa:
+                    pivot(model)
         finally:
             shutil.rmtree(store.shelf.folder, ignore_errors=True)
     cast_(model, stored)
@@ -150,28 +151,10 @@ def factor(model: nn.Module, targets: Targets, ranks: Ranks, store: Store, form:
             replace(model, name, rank, form).assign(*factors, getattr(old, "bias", None))
 
 
-def recovery_of(job: Job, shelf: Shelf) -> Recovery | None:
-    """Return what trains back what is lost; None if nothing does."""
-    if job.config.compress.recover == "none":
-        return None
-    if len(job.calibration) < 2:
-        raise UsageError(
-            "--recover trains on the text that errors are weighted by, and there are fewer than two batches of it",
-            f"raise {job.part.flag('samples')}, or take --recover none",
-        )
-    chain = layerwise.chain_of(job.model)
-    if chain is None:
-        raise UsageError(
-            f"--recover goes from block to block, and a {job.model.config.model_type} model is no chain of blocks",
-            "take --recover none",
-        )
-    return Recovery(chain, job.calibration, shelf, job.config.common.seed)
-
-
-def pivot(model: nn.Module, pifa: bool) -> None:
-    """Put factors that were trained into the form of fewer parameters, if it is wanted."""
+def pivot(model: nn.Module) -> None:
+    """Put linears' factors that were trained into the form of fewer parameters."""
     linears = {name: m for name, m in low_rank_linears(model).items() if isinstance(m, LowRankLinear)}
-    for name, old in linears.items() if pifa else ():
+    for name, old in linears.items():
         new = replace_linear(model, name, old.rank, "pifa")
         new.assign(old.A.weight, old.B.weight, old.bias)
         new.was_conv1d = old.was_conv1d

@@ -37,6 +37,7 @@ from lowrank_cli.models.share import Share, inventory
 from lowrank_cli.models.source import Source, locate
 from lowrank_cli.models.targets import Matrix
 from lowrank_cli.settings.training import DataConfig
+from lowrank_cli.svd import layerwise
 from lowrank_cli.svd.rank_selection import Spectra
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Job:
         texts: what both texts are, for the record.
         given: singular values that were given, by name.
         share: of the layers' parameters that is compressed; None if nothing is.
+        chain: the model as blocks, to train back what is lost; None if nothing is trained.
     """
 
     config: RunConfig
@@ -78,6 +80,7 @@ class Job:
     texts: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
     share: Share | None = None
+    chain: layerwise.Chain | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -140,6 +143,11 @@ def outline(config: RunConfig) -> Outline:
                 f"errors are not weighted by a text, which loses much more; without {part.flag('weighting')} none "
                 "the model writes one"
             )
+    if config.compress.recover != "none" and weighting == "none":
+        raise UsageError(
+            f"--recover {config.compress.recover} trains on the text that errors are weighted by, and there is none",
+            "take --recover none" if merging else f"drop it, or {part.flag('weighting')} none",
+        )
     if config.compress.spectra is not None and not part.reads_own_values:
         raise UsageError(
             f"--spectra gives the weights' own singular values, and the rule {part.allocation} does not read them",
@@ -188,7 +196,29 @@ def prepare(config: RunConfig) -> Job | streaming.Streamed:
     given = given_spectra(config, targets.shapes)
     job = Job(config, part, model, targets, weighting=about.weighting, given=given, share=share)
     find_texts(job, about)
+    if config.compress.recover != "none":
+        job.chain = chain_for(job)
     return job
+
+
+def chain_for(job: Job) -> layerwise.Chain:
+    """Return a model as blocks that what is lost can be trained back in.
+
+    Raises:
+        UsageError: it is no chain of blocks, or there is too little text to train on and to choose by.
+    """
+    if len(job.calibration) < 2:
+        raise UsageError(
+            "--recover trains on the text that errors are weighted by, and there are fewer than two batches of it",
+            f"raise {job.part.flag('samples')}, or take --recover none",
+        )
+    chain = layerwise.chain_of(job.model)
+    if chain is None:
+        raise UsageError(
+            f"--recover goes from block to block, and a {job.model.config.model_type} model is no chain of blocks",
+            "take --recover none",
+        )
+    return chain
 
 
 def reached(config: RunConfig, model: nn.Module, targets: Targets) -> Share:

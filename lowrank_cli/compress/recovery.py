@@ -28,7 +28,7 @@ from lowrank_cli.svd.shelf import Shelf
 
 PASSES = 5
 LOCAL_LR, WHOLE_LR = 5e-4, 2e-4
-# of the windows, to choose among the passes by
+# of the windows, from all over the text, to choose among the passes by
 HELD_OUT = 0.15
 MAX_NORM = 1.0
 
@@ -50,9 +50,16 @@ class Recovery:
     seed: int
 
     @property
-    def held_out(self) -> int:
-        """Return how many of the windows, the last ones, are not trained on."""
-        return max(1, round(HELD_OUT * len(self.windows)))
+    def held_out(self) -> list[int]:
+        """Return which of the windows are not trained on: at equal distances, for texts of several kinds follow one
+        another."""
+        count = max(1, round(HELD_OUT * len(self.windows)))
+        return [len(self.windows) * (2 * i + 1) // (2 * count) for i in range(count)]
+
+    @property
+    def fitted(self) -> list[int]:
+        """Return which of the windows are trained on."""
+        return [w for w in range(len(self.windows)) if w not in self.held_out]
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -116,7 +123,7 @@ class Recovery:
         if not trained:
             return before, before
         best, kept = before, [p.detach().clone() for p in trained]
-        fit = range(len(inputs) - self.held_out)
+        fit = self.fitted
         updates = Updates(trained, LOCAL_LR, PASSES * len(fit), self.seed)
         for _ in range(PASSES):
             for w in updates.shuffled(fit):
@@ -138,8 +145,7 @@ class Recovery:
     @torch.no_grad()
     def error(self, index: int, inputs: list[Tensor], targets: list[Tensor]) -> float:
         """Return a block's mean relative error on the held-out windows."""
-        last = range(len(inputs) - self.held_out, len(inputs))
-        found = [float(relative(self.give(index, w, inputs[w]), targets[w])) for w in last]
+        found = [float(relative(self.give(index, w, inputs[w]), targets[w])) for w in self.held_out]
         return sum(found) / len(found)
 
     def whole(self, teacher: nn.Module) -> tuple[float, float]:
@@ -154,14 +160,14 @@ class Recovery:
         model = self.chain.model
         trained = trainable(model)
         kept = [p.detach().clone() for p in trained]
-        fit, last = self.windows[: -self.held_out], self.windows[-self.held_out :]
-        before = divergence_on(model, teacher, last)
+        fit, held = self.fitted, [self.windows[w] for w in self.held_out]
+        before = divergence_on(model, teacher, held)
         updates = Updates(trained, WHOLE_LR, len(fit), self.seed)
         with progress("tuning all blocks together", len(fit)) as advance:
-            for w in updates.shuffled(range(len(fit))):
-                updates.step(divergence(model, teacher, fit[w]))
+            for w in updates.shuffled(fit):
+                updates.step(divergence(model, teacher, self.windows[w]))
                 advance()
-        after = divergence_on(model, teacher, last)
+        after = divergence_on(model, teacher, held)
         with torch.no_grad():
             for p, value in zip(trained, kept, strict=True):
                 p.requires_grad_(False)

@@ -1,6 +1,7 @@
 """What a compression lost is trained back against the dense model."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_a_block_is_tuned_on_what_reaches_it(stories, tmp_path):
     assert model.get_input_embeddings().weight.equal(embeddings)
     assert not recovery.shelf.held
     for index, (_, after) in enumerate(errors):
-        last = windows[-recovery.held_out :]
+        last = [windows[w] for w in recovery.held_out]
         with torch.no_grad():
             pairs = [
                 [m(ids, output_hidden_states=True).hidden_states[index + 1] for m in (model, dense)] for ids in last
@@ -121,3 +122,29 @@ def test_recovery_without_a_text_says_what_to_type(more, said, line, lowrank):
     code, _, err = lowrank(f"{line} {more} --recover local --out a")
     assert code == 2
     assert said in err
+
+
+@pytest.mark.parametrize("number", [2, 3, 7, 12, 32])
+def test_what_is_held_out_is_from_all_over_the_text_and_not_trained_on(number):
+    windows = [torch.zeros(1, 4, dtype=torch.long)] * number
+    recovery = Recovery(None, windows, None, 0)
+    held, fit = recovery.held_out, recovery.fitted
+    assert sorted(held + fit) == list(range(number))
+    assert held
+    assert fit
+    ends = [-1, *held, number]
+    # no part of the text longer than a held-out window's share goes without one
+    assert max(b - a for a, b in pairwise(ends)) <= number / len(held) + 1
+
+
+def test_recovery_is_never_left_out_without_a_word(stories, lowrank):
+    """From file to file, and of factors that are only multiplied out, nothing is trained."""
+    line = "compress --recover local --no-plots --eval-tokens 0"
+    code, _, err = lowrank(f"{line} --welore-weighting none --out a --model", stories)
+    assert code == 2
+    assert "--recover local trains on the text that errors are weighted by, and there is none" in err
+    bare = "compress --welore-weighting none --eval-tokens 0 --no-plots --out small --model"
+    assert lowrank(bare, stories)[0] == 0
+    code, _, err = lowrank(f"{line} --format dense --out b --model small")
+    assert code == 2
+    assert "take --recover none" in err
